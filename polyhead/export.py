@@ -1,0 +1,278 @@
+"""Exported models: one file that holds the graph, its preprocessing and names, and a test of itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import polyhead
+from polyhead.columns import make_columns
+from polyhead.errors import UserError, reason
+from polyhead.files import atomic_write
+from polyhead.system import Signature, System
+
+Format = Literal["onnx", "torchscript", "pt2"]
+SUFFIX: dict[str, str] = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+KEY = "polyhead.json"
+Arrays = dict[str, np.ndarray]
+
+
+class Graph(nn.Module):
+    """A system's `outputs` as tensors in, tuple of tensors out, in the order of its signature."""
+
+    def __init__(self, system: System, signature: Signature) -> None:
+        super().__init__()
+        self.system = system
+        self.names, self.results = list(signature.inputs), list(signature.outputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.system.outputs(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(outputs[name] for name in self.results)
+
+
+def _pack(arrays: Arrays) -> str:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _unpack(text: str) -> Arrays:
+    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def difference(got: Arrays, expected: Arrays) -> float:
+    """The largest absolute difference over all outputs; infinite for NaN or another shape."""
+    largest = 0.0
+    for name, value in expected.items():
+        if name not in got or got[name].shape != value.shape:
+            return float("inf")
+        gap = np.abs(got[name].astype(np.float64) - value.astype(np.float64))
+        largest = max(largest, float(gap.max(initial=0.0)))
+        if np.isnan(gap).any():
+            return float("inf")
+    return largest
+
+
+def _numpy(tensors: dict[str, Tensor]) -> Arrays:
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+
+
+def _batches(signature: Signature) -> list[dict[str, Tensor]]:
+    """The inputs an export is compared on: batches of 1, 2 and 5, then the signature's other sizes."""
+    first = signature.inputs
+    sizes = []
+    for batch in (1, 2, 5):
+        repeat = {k: v[torch.arange(batch) % len(v)] for k, v in first.items()}
+        sizes.append(repeat)
+    return sizes + signature.checks
+
+
+def _axes(signature: Signature) -> tuple[dict[int, Any], ...]:
+    auto = torch.export.Dim.AUTO
+    return tuple({0: auto, **dict.fromkeys(signature.dynamic.get(n, {}), auto)} for n in signature.inputs)
+
+
+def _write_onnx(graph: Graph, signature: Signature, text: str, path: Path) -> None:
+    import onnx
+
+    # The graph varies in named axes alone: `verify` compares sizes that were not traced
+    program = torch.onnx.export(
+        graph, tuple(signature.inputs.values()), dynamo=True, dynamic_shapes=(_axes(signature),),
+        input_names=list(signature.inputs), output_names=signature.outputs, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, text
+    onnx.save(model, str(path))
+
+
+def _write_torchscript(graph: Graph, signature: Signature, text: str, path: Path) -> None:
+    traced = torch.jit.trace(graph, tuple(signature.inputs.values()), check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={KEY: text})
+
+
+def _write_pt2(graph: Graph, signature: Signature, text: str, path: Path) -> None:
+    program = torch.export.export(
+        graph, tuple(signature.inputs.values()), dynamic_shapes=(_axes(signature),), strict=False
+    )
+    torch.export.save(program, str(path), extra_files={KEY: text})
+
+
+WRITERS: dict[str, Callable[[Graph, Signature, str, Path], None]] = {
+    "onnx": _write_onnx,
+    "torchscript": _write_torchscript,
+    "pt2": _write_pt2,
+}
+
+
+class Exported:
+    """An exported file, ready to run on numpy arrays; no model code is needed.
+
+    Args:
+        path: an `.onnx`, `.pt` (TorchScript) or `.pt2` file that `export` wrote.
+
+    Raises:
+        UserError: not such a file, or its own test does not come out as it did when it was written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no exported model at {path}")
+        opener = {".onnx": self._open_onnx, ".pt": self._open_torchscript, ".pt2": self._open_pt2}
+        if self.path.suffix not in opener:
+            raise UserError(f"{path} is not an exported model: .onnx, .pt and .pt2 are")
+        try:
+            with quiet():
+                text, self._run = opener[self.path.suffix]()
+        except Exception as error:
+            raise UserError(f"cannot read {path}: {reason(error)[:200]}") from error
+        if not text:
+            raise UserError(f"{path} was not written by `polyhead export`: it carries no {KEY}")
+        self.meta: dict[str, Any] = json.loads(text)
+        got = self.run(_unpack(self.meta["golden"]["inputs"]))
+        self.self_test = difference(got, _unpack(self.meta["golden"]["outputs"]))
+        if self.self_test > self.meta["tolerance"]:
+            raise UserError(f"{path} fails its own test: outputs differ by {self.self_test:.2g} from those it carries")
+
+    def _open_onnx(self) -> tuple[str, Callable[[list[np.ndarray]], list[np.ndarray]]]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+        session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+        names = [i.name for i in session.get_inputs()]
+        return session.get_modelmeta().custom_metadata_map.get(KEY, ""), lambda arrays: session.run(
+            None, dict(zip(names, arrays, strict=True))
+        )
+
+    def _open_torchscript(self) -> tuple[str, Callable[[list[np.ndarray]], list[np.ndarray]]]:
+        files: dict[str, Any] = {KEY: ""}
+        module = torch.jit.load(str(self.path), map_location="cpu", _extra_files=files).eval()
+        text = files[KEY]
+        return text.decode() if isinstance(text, bytes) else text, lambda arrays: self._run_torch(module, arrays)
+
+    def _open_pt2(self) -> tuple[str, Callable[[list[np.ndarray]], list[np.ndarray]]]:
+        files = {KEY: ""}
+        module = torch.export.load(str(self.path), extra_files=files).module()
+        return files[KEY], lambda arrays: self._run_torch(module, arrays)
+
+    @staticmethod
+    def _run_torch(module: Callable[..., Any], arrays: list[np.ndarray]) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [v.numpy() for v in module(*(torch.from_numpy(a) for a in arrays))]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Named input arrays to named output arrays."""
+        arrays = [np.ascontiguousarray(inputs[name]) for name in self.meta["inputs"]]
+        return dict(zip(self.meta["outputs"], self._run(arrays), strict=True))
+
+
+class ExportedModel(System):
+    """An exported file as the model of `polyhead predict`.
+
+    Args:
+        path: the exported file.
+        facts: ignored; the file carries its own.
+    """
+
+    def __init__(self, path: str, facts: dict[str, Any] | None = None) -> None:
+        super().__init__(facts)
+        self.exported = Exported(path)
+
+    def input_names(self) -> list[str]:
+        return list(self.exported.meta["inputs"])
+
+    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        got = self.exported.run(_numpy(inputs))
+        return {name: torch.from_numpy(value) for name, value in got.items()}
+
+    def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:
+        return make_columns(self.exported.meta["columns"], _numpy(outputs))
+
+
+class quiet:
+    """Exporters log hundreds of lines and warn of their own deprecation: silence both for a block."""
+
+    def __enter__(self) -> None:
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+        self._levels = {n: logging.getLogger(n).level for n in ("onnx_ir", "onnxscript", "torch.onnx", "torch.export")}
+        for name in self._levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *exception: Any) -> None:
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)
+        self._warnings.__exit__(*exception)
+
+
+def export(system: System, path: Path, format: Format) -> float:
+    """Write `system` to `path`, after comparing it with the eager model on sizes that were not traced.
+
+    Returns:
+        The largest difference from the eager model.
+
+    Raises:
+        UserError: the model does not export, or differs by more than its tolerance; no file is left.
+    """
+    system = system.eval().cpu()
+    signature = system.signature()
+    deployed = system.deployed().eval()
+    with torch.inference_mode():
+        golden = _numpy(system.outputs(**signature.inputs))
+    meta = {
+        "polyhead": polyhead.__version__,
+        "system": system.recipe.get("class_path", type(system).__name__),
+        "inputs": list(signature.inputs),
+        "outputs": signature.outputs,
+        "shapes": {k: ["batch", *[signature.dynamic.get(k, {}).get(i, v.shape[i]) for i in range(1, v.ndim)]]
+                   for k, v in signature.inputs.items()},
+        "dtypes": {k: str(v.dtype).removeprefix("torch.") for k, v in signature.inputs.items()},
+        "facts": system.facts,
+        "columns": signature.columns,
+        "data": system.data_recipe,
+        "tolerance": signature.tolerance,
+        "golden": {"inputs": _pack(_numpy(signature.inputs)), "outputs": _pack(golden)},
+    }  # fmt: skip
+    largest = 0.0
+    with atomic_write(path) as temporary:
+        try:
+            with quiet(), torch.no_grad():
+                WRITERS[format](Graph(deployed, signature), signature, json.dumps(meta), temporary)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{type(system).__name__} does not export to {format}: {reason(error)[:300]}") from error
+        exported = Exported(temporary)
+        for inputs in _batches(signature):
+            with torch.inference_mode():
+                expected = _numpy(system.outputs(**inputs))
+            try:
+                gap = difference(exported.run(_numpy(inputs)), expected)
+            except Exception as error:
+                sizes = {k: list(v.shape) for k, v in inputs.items()}
+                raise UserError(f"the {format} export fails on inputs of {sizes}: {reason(error)[:200]}") from error
+            largest = max(largest, gap)
+        if largest > signature.tolerance:
+            raise UserError(
+                f"the {format} export differs from the model by {largest:.3g}, more than {signature.tolerance:g}; "
+                "no file was written"
+            )
+    return largest
