@@ -1,7 +1,7 @@
 """Where image-like samples come from: a folder, a zip, a list or a table, read in place and safely.
 
-`find` names the samples, `read_bytes` fetches one, `decode_image` makes pixels of it. The same image gives the
-same pixels whichever way it was named.
+`find` names the samples, `read_bytes` fetches one, `decode_image` makes pixels of it. The same image gives
+the same pixels whichever way it was named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from PIL import Image
 from polyhead.errors import BadSample, UserError, nearest, reason
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .bmp .tif .tiff .webp .avif .jp2 .j2k .ppm .pgm .pbm .pnm .ico .mpo".split()
+    f".{s}"
+    for s in "jpg jpeg jpe jfif png gif bmp tif tiff webp avif jp2 j2k ppm pgm pbm pnm ico mpo".split()
 )
 TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".parquet"))
 LIST_SUFFIXES = frozenset((".txt", ".lst"))
@@ -43,7 +44,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-# Formats that Pillow decodes itself; left out are those that start a program (EPS) or match almost anything (TGA)
+# Formats that Pillow decodes itself, without those that start a program (EPS) or match almost anything (TGA)
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO")
 COLUMNS = {
     "path": ("path", "file", "filename", "image", "filepath", "file_name", "image_path", "bag"),
@@ -63,6 +64,27 @@ class Location(NamedTuple):
     path: str
     member: str | None = None
     problem: str | None = None
+
+
+class _Columns(NamedTuple):
+    """Which columns of a table to use, as asked for."""
+
+    path: str | None
+    label: str | None
+    split: str | None
+    group: str | None
+    optional: bool
+
+    def named(self) -> list[str]:
+        """The roles whose column must be there."""
+        return [] if self.optional else [role for role in COLUMNS if getattr(self, role)]
+
+    def find(self, role: str, table: Iterable[str]) -> str | None:
+        given = getattr(self, role)
+        lower = {name.lower(): name for name in reversed(list(table))}
+        if given is not None and (given in lower.values() or not self.optional):
+            return given if given in lower.values() else None
+        return next((lower[name] for name in COLUMNS[role] if name in lower), None)
 
 
 class Entry(NamedTuple):
@@ -92,27 +114,28 @@ def find(
     """The samples under `root`, sorted by name (in file order for a list or a table).
 
     - folder or zip: `SPLIT/CLASS/FILE`, `CLASS/FILE`, `SPLIT/FILE` or plain files, nested or not;
-    - folder with one zip and no images: the zip in it; a `split.csv` or `bags.csv` beside it adds its columns;
+    - folder with one zip and no images: the zip in it. A folder's `split.csv` or `bags.csv` adds its columns;
     - list (.txt, .lst): a path a line, with a label after a tab or a comma if there is one;
-    - table (.csv, .tsv, .parquet): a path a row, with columns for label, split and group; paths are relative to
-      the table's folder or are members of the zip beside it;
+    - table (.csv, .tsv, .parquet): a path a row, with columns for label, split and group. Paths in lists and
+      tables are relative to their folder or are members of the zip beside them;
     - any other file: that one sample.
 
-    A member that must not be read (its path leaves the archive, it is a link, it is encrypted) and a row without
-    its file are entries whose location has a `problem`.
+    A member that must not be read (its path leaves the archive, it is a link, it is encrypted) and a row
+    without its file are entries whose location has a `problem`.
 
     Args:
         name: which zip or table of a folder that holds several.
-        everything: take every file that is not obviously a readme, a list or a table, and not only those with
-            one of the `suffixes`: what prediction wants, so that nothing goes missing without a word.
-        path_column, label_column, split_column, group_column: names of a table's columns, found by usual names
-            (`path`, `file`, `filename`, `image`; `label`, `class`; `split`) where None. A group, such as a
-            patient, is only used when its column is named.
+        everything: for prediction. Take every file that is not obviously a readme, a list or a table, and not
+            only those with one of the `suffixes`, so that nothing goes missing without a word; and do without
+            the columns of labels, splits and groups where there are none.
+        path_column, label_column, split_column, group_column: a table's columns; None goes by usual names
+            (`path`, `file`, `filename`, `image`; `label`, `class`; `split`). A group, such as a patient, is
+            only used when its column is named.
 
     Raises:
         UserError: nothing there, nothing in it, or more than one thing it could mean.
     """
-    columns = {"path": path_column, "label": label_column, "split": split_column, "group": group_column}
+    columns = _Columns(path_column, label_column, split_column, group_column, optional=everything)
     wanted = _everything if everything else _with_suffix(frozenset(suffixes))
     given = str(root)
     root = Path(root).expanduser()
@@ -128,23 +151,21 @@ def find(
         raise UserError(f"no {kinds} in {given}: a folder, a zip, a list or a table of images is needed")
     repeated = [i for i, n in Counter(e.id for e in entries).items() if n > 1]
     if repeated:
-        raise UserError(f"{given} names {repeated[0]} twice (and {len(repeated) - 1} others): each once, please")
+        more = f" (and {len(repeated) - 1} more so)" if len(repeated) > 1 else ""
+        raise UserError(f"{given} names {repeated[0]} twice{more}: name each once")
     return entries
 
 
-def _find(
-    root: Path, name: str | None, columns: dict[str, str | None], wanted: Callable[[str], bool]
-) -> list[Entry]:
+def _find(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str], bool]) -> list[Entry]:
     suffix = root.suffix.lower()
     if root.is_dir():
         return _folder(root, name, columns, wanted)
     if name is not None:
         raise UserError(f"data.name chooses in a folder, but {root} is a file: leave data.name out")
     if suffix in TABLE_SUFFIXES:
-        return _rows(root, columns, None)
-    if any(columns.values()):
-        option = next(k for k, v in columns.items() if v)
-        raise UserError(f"data.{option}_column names a column of a table, and {root} is none")
+        return _rows(root, columns)
+    if named := columns.named():
+        raise UserError(f"data.{named[0]}_column names a column of a table, and {root} is none")
     if suffix in LIST_SUFFIXES:
         return _list(root)
     if suffix == ".zip":
@@ -152,15 +173,13 @@ def _find(
     return [Entry(root.name, None, None, None, Location(str(root)))]
 
 
-def _folder(
-    root: Path, name: str | None, columns: dict[str, str | None], wanted: Callable[[str], bool]
-) -> list[Entry]:
+def _folder(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str], bool]) -> list[Entry]:
     here = sorted(p.name for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
     zips = [n for n in here if n.lower().endswith(".zip")]
     tables = [n for n in here if Path(n).suffix.lower() in TABLE_SUFFIXES]
     choice = _choose(root, name, zips, tables) if name is not None else None
     if choice in tables:
-        return _rows(root / choice, columns, None)
+        return _rows(root / choice, columns)
     archive: Path | None = root / choice if choice else None
     entries: list[Entry] = []
     if archive is None:
@@ -176,8 +195,8 @@ def _folder(
         entries = _members(archive)
     entries = _laid_out([e for e in entries if wanted(e.id)])
 
-    table = next((n for n in ("split.csv", "bags.csv") if n in tables), None)
-    named = [k for k, v in columns.items() if v]
+    table: str | None = next((n for n in ("split.csv", "bags.csv") if n in tables), None)
+    named = columns.named()
     if table is None and named:
         if len(tables) != 1:
             what = f"it holds {len(tables)}: {', '.join(tables)}" if tables else "it holds none"
@@ -185,10 +204,10 @@ def _folder(
         table = tables[0]
     if table is None:
         return entries
-    with_path = _read_table(root / table)
-    if not named and _column(with_path, "path", None) is None:
+    cells = _read_table(root / table)
+    if not named and columns.find("path", cells) is None:
         return entries
-    return _annotated(entries, _rows(root / table, columns, archive, with_path))
+    return _annotated(entries, _rows(root / table, columns, archive, cells))
 
 
 def _choose(root: Path, name: str, zips: list[str], tables: list[str]) -> str:
@@ -247,7 +266,9 @@ def _files(root: Path) -> Iterator[Entry]:
         for file in sorted(files):
             if not _hidden([file]):
                 id = file if inner == "." else f"{inner}/{file}".replace(os.sep, "/")
-                yield Entry(id, None, None, None, Location(os.path.join(folder, file)))
+                # Names need not be valid text on disk, ids must be in a table
+                id = id.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                yield Entry(id, None, None, None, Location(os.path.join(str(Path(folder)), file)))
 
 
 def _members(path: Path) -> list[Entry]:
@@ -314,16 +335,21 @@ class _Named:
     """
 
     def __init__(self, folder: Path, archive: Path | None) -> None:
-        self.folder = folder
-        self.archive = archive
-        self.members: dict[str, Location] = {}
-        self.short: dict[str, list[str]] = {}
-        if archive is not None:
-            for entry in _members(archive):
-                self.members[entry.id] = entry.location
-                file = entry.id.rsplit("/", 1)[-1]
-                for key in {file, file.rsplit(".", 1)[0]}:
-                    self.short.setdefault(key, []).append(entry.id)
+        self.folder, self.archive = folder, archive
+
+    @cached_property
+    def members(self) -> dict[str, Location]:
+        return {e.id: e.location for e in _members(self.archive)} if self.archive is not None else {}
+
+    @cached_property
+    def short(self) -> dict[str, list[str]]:
+        """Members by file name, with and without suffix."""
+        short: dict[str, list[str]] = {}
+        for member in self.members:
+            file = member.rsplit("/", 1)[-1]
+            for key in {file, file.rsplit(".", 1)[0]}:
+                short.setdefault(key, []).append(member)
+        return short
 
     def __call__(self, path: str, split: str | None = None, label: str | None = None) -> tuple[str, Location]:
         """A name relative to the root, and the location."""
@@ -331,16 +357,18 @@ class _Named:
         inner = [p for p in (split, label) if p]
         tries = [path, "/".join([*inner, path]), *(f"{p}/{path}" for p in inner)]
         for name in tries:
+            file = self.folder / name
+            if file.exists():
+                return name, Location(str(file))
+        for name in tries:
             if name in self.members:
                 return name, self.members[name]
-            file = self.folder / name
-            if file.is_file():
-                return name, Location(str(file))
         found = [n for n in self.short.get(path.rsplit("/", 1)[-1], ()) if _ends(n, path)]
         if len(found) == 1:
             return found[0], self.members[found[0]]
         if found:
-            return path, Location(path, None, f"names {len(found)} members of {self.archive}, {found[0]} first")
+            many = f"the name fits {len(found)} members of {self.archive}, {found[0]} being the first"
+            return path, Location(path, None, many)
         return path, Location(str(self.folder / path), None, "no such file")
 
 
@@ -413,26 +441,22 @@ def _read_table(path: Path) -> dict[str, list[str | None]]:
     return {name.strip(): [row[i].strip() or None for row in rows] for i, name in enumerate(header)}
 
 
-def _column(table: dict[str, list[str | None]], role: str, given: str | None) -> str | None:
-    if given is not None:
-        return given if given in table else None
-    lower = {name.lower(): name for name in reversed(table)}
-    return next((lower[name] for name in COLUMNS[role] if name in lower), None)
-
-
 def _rows(
     path: Path,
-    columns: dict[str, str | None],
-    archive: Path | None,
+    columns: _Columns,
+    archive: Path | None = None,
     table: dict[str, list[str | None]] | None = None,
 ) -> list[Entry]:
     table = _read_table(path) if table is None else table
-    chosen = {role: _column(table, role, given) for role, given in columns.items()}
-    for role, given in columns.items():
-        if chosen[role] is None and (given is not None or role == "path"):
-            wanted = f"column {given!r}" if given is not None else f"column of paths ({', '.join(COLUMNS['path'][:4])})"
-            hint = [f"name it with --data.{role}_column"] if given is None else nearest(given, table)
-            raise UserError(f"{path} has no {wanted}; its columns are {', '.join(table)}", hint)
+    chosen = {role: columns.find(role, table) for role in COLUMNS}
+    for role, found in chosen.items():
+        given = getattr(columns, role)
+        if found is None and (role == "path" or (given is not None and not columns.optional)):
+            wanted = f"column {given!r}" if given else f"column of paths ({', '.join(COLUMNS['path'][:4])})"
+            names = list(table)
+            listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+            hints = nearest(given, names) if given else ["name it with --data.path_column"]
+            raise UserError(f"{path} has no {wanted}; its columns are {listed}", hints)
 
     def cells(role: str) -> Sequence[str | None]:
         column = chosen[role]
@@ -483,8 +507,8 @@ def read_bytes(location: Location) -> bytes:
     """The bytes of one sample.
 
     Raises:
-        BadSample: it is missing, may not be read, is damaged, or is too large (512 MiB; in a zip also a member
-            of more than 32 MiB that was packed by more than 200 to 1).
+        BadSample: it is missing, may not be read, is damaged, or is too large (512 MiB; in a zip also a
+            member of more than 32 MiB that was packed by more than 200 to 1).
     """
     if location.problem is not None:
         raise BadSample(location.problem)
@@ -496,12 +520,13 @@ def read_bytes(location: Location) -> bytes:
         if info.file_size > MAX_BYTES:
             raise BadSample(f"unpacks to {info.file_size:,} bytes, more than {MAX_BYTES:,}")
         if info.file_size > RATIO_FLOOR and info.file_size > MAX_RATIO * max(info.compress_size, 1):
-            raise BadSample(f"unpacks to {info.file_size:,} bytes from {info.compress_size:,}: a decompression bomb")
+            packed = f"{info.compress_size:,} bytes unpack to {info.file_size:,}"
+            raise BadSample(f"a decompression bomb: {packed}")
         with archive.open(info) as file:
             return file.read(MAX_BYTES + 1)
     except UserError as error:
         raise BadSample(error.message) from error
-    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, RuntimeError) as error:
         raise BadSample(f"the archive member cannot be read: {reason(error)}") from error
 
 
@@ -533,13 +558,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, target: int | None =
 
     - transparent pixels show a white ground; of an animation or a stack the first frame is taken;
     - the orientation in EXIF is applied; colour profiles are not;
-    - 16-bit grey keeps its high byte; 32-bit whole numbers are taken as 16-bit ones (clipped); fractions as 0..1
-      if none is above 1, else as 0..255 (clipped).
+    - 16-bit grey keeps its high byte; 32-bit whole numbers are taken as 16-bit ones (clipped); fractions as
+      0..1 if none is above 1, else as 0..255 (clipped).
 
     Args:
         max_pixels: refuse more; Pillow's own limit of 178,956,970 holds besides.
-        target: the shorter side that is needed. A JPEG at least four times as large is decoded at 1/2, 1/4 or 1/8,
-            never below twice the target.
+        target: the shorter side that is needed. A JPEG at least four times as large is decoded at 1/2, 1/4 or
+            1/8, never below twice the target.
 
     Raises:
         BadSample: not a picture, damaged, cut short, empty or too large, with a reason of one line.
