@@ -6,6 +6,7 @@ A bundle is a folder: `model.safetensors`, `config.yaml` (the `model` and `data`
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.resources
 import json
@@ -173,6 +174,15 @@ def build_data(recipe: dict[str, Any]) -> DataModule:
     return _build(recipe, DataModule, "data")
 
 
+def clone(system: System) -> Any:
+    """A deep copy without the trainer it may be attached to."""
+    trainer, system._trainer = system._trainer, None
+    try:
+        return copy.deepcopy(system)
+    finally:
+        system._trainer = trainer
+
+
 def load_weights(system: System, saved: Saved) -> None:
     """Load every weight; a difference in names or shapes is a UserError that names the first."""
     own = system.state_dict()
@@ -213,6 +223,19 @@ def init_weights(system: System, saved: Saved) -> list[str]:
         )
     system.load_state_dict({**own, **{k: v for k, v in given.items() if k in own and k not in new}})
     return new
+
+
+def card(
+    name: str, model: dict[str, Any], data: dict[str, Any], metrics: dict[str, float], command: str
+) -> str:
+    """The model card of a fresh bundle: what it is, what it was trained on, what was measured and how."""
+    root = data.get("init_args", {}).get("root") or "the embedded sample"
+    rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in sorted(metrics.items()))
+    return (
+        f"# {name}\n\n- Model: `{model['class_path']}`\n- Data: {Path(str(root)).name}\n- Licence: that of its data\n\n"
+        f"## Measured on the validation split\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+        f"```\n{command}\n```\n"
+    )
 
 
 def save_bundle(

@@ -1,0 +1,322 @@
+"""fit, validate, test, predict, export and explain on LightningCLI, through its public hooks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from apps import recipes
+from apps.messages import plain
+from polyhead import bundle
+from polyhead.callbacks import Curves, GeneratorState, LastCheckpoint
+from polyhead.data import DataModule
+from polyhead.errors import UserError
+from polyhead.files import write_text
+from polyhead.system import System
+from polyhead.trainer import PolyheadTrainer
+
+TRAINER = Path(__file__).with_name("trainer.yaml")
+FLAGS = ("resume", "overwrite", "strict")
+# What a recipe may hold; the rest of a parsed configuration belongs to one call
+RECIPE_KEYS = ("seed_everything", "monitor", "mode", "trainer", "model", "data", "best", "last")
+# What each subcommand leaves in a run folder, relative to it
+RESULTS = {
+    "fit": ["config.yaml", "metrics.csv", "checkpoints", "bundle", "tensorboard"],
+    "validate": ["config_validate.yaml"],
+    "test": ["config_test.yaml"],
+    "predict": ["config_predict.yaml", "predictions", "errors.parquet"],
+    "explain": ["config_explain.yaml", "explain"],
+    "export": [],
+}
+SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise plain(message, ex)
+
+
+def _first_pass(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that must be known before parsing, and all others as they are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))  # type: ignore[method-assign, assignment]
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--output")
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--init_from")
+    for flag in FLAGS:
+        parser.add_argument(f"--{flag}", nargs="?", const="true")
+    return parser.parse_known_args(arguments)
+
+
+def _facts(data: DataModule) -> dict[str, Any]:
+    return data.facts()
+
+
+class PolyheadCLI(LightningCLI):
+    """LightningCLI in subclass mode with one subcommand's parser, the shared trainer config and a run folder."""
+
+    def __init__(self, subcommand: str, arguments: list[str]) -> None:
+        self.only = subcommand
+        self.given, self.rest = _first_pass(arguments)
+        self.saved: bundle.Saved | None = None
+        self.resume_path: Path | None = None
+        super().__init__(
+            System,
+            DataModule,
+            trainer_class=PolyheadTrainer,
+            parser_class=Parser,
+            parser_kwargs={subcommand: {"default_config_files": [str(TRAINER)]}},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            args=[subcommand, *arguments],
+        )
+
+    # Parser
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        skip = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        return {self.only: skip}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output", type=str, default=None, help="The run folder.")
+        parser.add_argument("--monitor", type=str, default="val/loss", help="The metric that chooses the best weights.")
+        parser.add_argument("--mode", type=str, choices=["min", "max"], default="min", help="Whether less is better.")
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(Curves, "curves")
+        parser.add_lightning_class_args(GeneratorState, "generators")
+        parser.set_defaults(
+            {"best.filename": "best", "best.enable_version_counter": False, "best.auto_insert_metric_name": False}
+        )
+        checkpoints = lambda output: f"{output}/checkpoints"  # noqa: E731
+        parser.link_arguments("output", "trainer.default_root_dir")
+        parser.link_arguments("output", "best.dirpath", compute_fn=checkpoints)
+        parser.link_arguments("output", "last.dirpath", compute_fn=checkpoints)
+        parser.link_arguments("output", "curves.folder")
+        parser.link_arguments("output", "trainer.logger.init_args.save_dir")
+        for key in ("monitor", "mode"):
+            parser.link_arguments(key, f"best.{key}")
+            parser.link_arguments(key, f"trainer.callbacks.init_args.{key}")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("data", "model.init_args.facts", compute_fn=_facts, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        given = self.given
+        if any(a in ("-h", "--help") or a.endswith(".help") or a.startswith("--model.help") for a in self.rest):
+            parser.parse_args([self.only, *self.rest])
+        self._find_model()
+        configs = [recipes.find(c) for c in given.config]
+        self.output = Path(given.output) if given.output else self._default_output(configs)
+        if self.saved is not None:
+            own = self._parser(self.only)
+            own.set_defaults(self._defaults(self.saved))
+        elif not configs and not any(a.startswith("--model") for a in self.rest):
+            wanted = "--config RECIPE" if self.only == "fit" else "--ckpt_path MODEL"
+            raise UserError(
+                f"{self.only} needs {wanted}", [f"shipped recipes: {', '.join(recipes.names())}"]
+            )
+        if self.saved is None and self.only not in ("fit",):
+            raise UserError(
+                f"{self.only} needs trained weights: --ckpt_path MODEL",
+                ["a checkpoint, a bundle, a shipped model (`polyhead models`), or best/last with --output DIR"],
+            )
+        arguments = [self.only]
+        for config in configs:
+            arguments += ["--config", str(config)]
+        arguments += self.rest
+        arguments += [f"--output={self.output}"]
+        if given.init_from:
+            arguments += [f"--init_from={given.init_from}"]
+        for flag in FLAGS:
+            if getattr(given, flag) is not None:
+                arguments += [f"--{flag}={getattr(given, flag)}"]
+        self.config = parser.parse_args(arguments)
+        if self.config[self.only].get("ckpt_path"):
+            raise UserError("ckpt_path stands in a config file: give it as --ckpt_path on the command line")
+
+    def _flag(self, name: str) -> bool:
+        return str(getattr(self.given, name)).lower() == "true"
+
+    def _find_model(self) -> None:
+        """Read what --ckpt_path, --resume or --init_from name; their settings become the defaults."""
+        given = self.given
+        name = given.ckpt_path
+        if self.only == "fit" and self._flag("resume"):
+            if name not in (None, "last"):
+                raise UserError("--resume continues from last.ckpt of --output: leave --ckpt_path out")
+            name = "last"
+        if name in ("last", "best") and not Path(name).exists():
+            if not given.output:
+                raise UserError(f"--ckpt_path {name} means a checkpoint of --output DIR, which is not given")
+            path = Path(given.output) / "checkpoints" / f"{name}.ckpt"
+            if not path.is_file():
+                raise UserError(f"nothing to continue from: there is no {path}")
+            name = str(path)
+        if self.only == "fit":
+            if name is not None:
+                path = bundle.find(name)
+                if path.is_dir() or path.suffix == ".onnx":
+                    raise UserError(
+                        f"fit --ckpt_path continues a training and needs a Lightning checkpoint, not {name}",
+                        [f"--init_from {name} starts a new training from its weights"],
+                    )
+                self.saved, self.resume_path = bundle.read(name), path
+            elif given.init_from and not given.config:
+                self.saved = self._without_facts(bundle.read(given.init_from))
+        elif name is not None and Path(name).suffix == ".onnx":
+            if self.only != "predict":
+                raise UserError(f"{self.only} needs a checkpoint or a bundle; an exported file can only predict")
+            self.saved = self._exported(name)
+        elif name is not None:
+            self.saved = bundle.read(name)
+
+    @staticmethod
+    def _exported(name: str) -> bundle.Saved:
+        from polyhead.export import Exported
+
+        meta = Exported(name).meta
+        model = {"class_path": "polyhead.export.ExportedModel", "init_args": {"path": name}}
+        return bundle.Saved({}, model, meta["data"], Path(name))
+
+    @staticmethod
+    def _without_facts(saved: bundle.Saved) -> bundle.Saved:
+        facts = saved.model.get("init_args", {}).get("facts") or {}
+        arguments = {k: v for k, v in saved.data["init_args"].items() if k not in facts}
+        saved.data = {**saved.data, "init_args": arguments}
+        return saved
+
+    @staticmethod
+    def _defaults(saved: bundle.Saved) -> dict[str, Any]:
+        """A model's settings as defaults, less what is linked."""
+        def less(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+            arguments = {k: v for k, v in recipe.get("init_args", {}).items() if k != name}
+            return {**recipe, "init_args": arguments}
+
+        return {"model": less(saved.model, "facts"), "data": less(saved.data, "seed")}
+
+    def _default_output(self, configs: list[Path]) -> Path:
+        # Other ranks parse the same command again and must come to the same folder
+        known = os.environ.get("POLYHEAD_OUTPUT")
+        if known and "LOCAL_RANK" in os.environ:
+            return Path(known)
+        if configs:
+            name = recipes.title(configs[-1])
+        else:
+            name = self.saved.name if self.saved is not None else "run"
+        folder = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        os.environ["POLYHEAD_OUTPUT"] = str(folder)
+        return folder
+
+    # Run
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.only]
+        self.recipe = self._recipe()
+        if rank_zero_only.rank == 0:
+            self._claim(config)
+        if self.resume_path is not None:
+            config.ckpt_path = str(self.resume_path)
+
+    def _recipe(self) -> dict[str, Any]:
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        everything = yaml.safe_load(text)[self.only]
+        return {k: everything[k] for k in RECIPE_KEYS if k in everything}
+
+    def _claim(self, config: Namespace) -> None:
+        """Refuse a folder that holds this subcommand's results, unless told what to do with them."""
+        results = [self.output / name for name in RESULTS[self.only]]
+        if self.only == "export":
+            results = [self.output / f"model{SUFFIX[config.format]}"]
+        there = [path for path in results if path.exists()]
+        if there and config.get("overwrite"):
+            for path in there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif there and not self._flag("resume") and self.resume_path is None:
+            choices = "--resume or --overwrite" if self.only in ("fit", "predict") else "--overwrite"
+            raise UserError(f"{self.output} already holds results of {self.only} ({there[0].name})", [f"add {choices}, or choose another --output"])
+        text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        name = "config.yaml" if self.only == "fit" else f"config_{self.only}.yaml"
+        write_text(self.output / name, text)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except Exception as error:
+            raise plain(str(error), error) from error
+
+    def after_instantiate_classes(self) -> None:
+        model, data = self.model, self.datamodule
+        facts = data.facts()
+        model.recipe = _with(self.recipe["model"], {"facts": facts})
+        model.data_recipe = _with(self.recipe["data"], facts)
+        data.recipe = model.data_recipe
+        self.trainer.command = "polyhead " + shlex.join([self.only, *sys.argv[2:]])
+        self.trainer.config_text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        if self.saved is not None and self.only != "fit" and self.saved.state:
+            bundle.load_weights(model, self.saved)
+
+
+def _with(recipe: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "init_args": {**recipe.get("init_args", {}), **arguments}}
+
+
+def _hush() -> None:
+    """Lightning's hints about hardware and other products are not about the person's run."""
+    for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torchmetrics|jsonargparse|torchdata")
+    for text in (".*does not have many workers.*", ".*isinstance.*LeafSpec.*", ".*non-full backward hook.*"):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def run(subcommand: str, arguments: list[str]) -> int:
+    """Run one of Lightning's subcommands or ours on its Trainer."""
+    _hush()
+    PolyheadCLI(subcommand, arguments)
+    return 0
+
+
+
+class _Parsed(Exception):
+    """Parsing succeeded."""
+
+
+class _ParseOnly(PolyheadCLI):
+    def before_instantiate_classes(self) -> None:
+        raise _Parsed
+
+
+def check_recipe(name: str) -> None:
+    """Parse a recipe as `fit` would, without building anything. Raises UserError."""
+    _hush()
+    try:
+        _ParseOnly("fit", ["--config", name, "--output", "unused"])
+    except _Parsed:
+        pass

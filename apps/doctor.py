@@ -1,0 +1,101 @@
+"""`polyhead doctor`: versions, device, recipes; with --data.root also the data: counts, classes, bad files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import yaml
+
+from apps import recipes
+from polyhead.errors import UserError
+
+PACKAGES = ("polyhead", "torch", "torchvision", "pytorch-lightning", "jsonargparse", "timm", "onnx", "onnxruntime", "pyarrow")
+
+
+def _line(mark: str, name: str, text: str) -> None:
+    print(f"{mark:<5} {name:<20} {text}")
+
+
+def _versions() -> None:
+    _line("ok", "python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            _line("ok", package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            _line("FAIL", package, "not installed")
+
+
+def _device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        _line("ok", "device", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    else:
+        _line("ok", "device", f"CPU, {torch.get_num_threads()} threads")
+
+
+def _recipes() -> int:
+    """How many shipped recipes do not parse."""
+    from apps.cli import check_recipe
+
+    failed = 0
+    for name in recipes.names():
+        try:
+            check_recipe(name)
+            _line("ok", "recipe", name)
+        except UserError as error:
+            failed += 1
+            _line("FAIL", "recipe", f"{name}: {error.message}")
+    return failed
+
+
+def _data(config: str, arguments: list[str]) -> int:
+    """Show what a recipe's data module finds; how many samples cannot be read."""
+    from polyhead.bundle import build_data
+
+    recipe = yaml.safe_load(recipes.find(config).read_text(encoding="utf-8"))["data"]
+    options: dict[str, Any] = dict(recipe.get("init_args", {}))
+    pairs = [a.partition("=") if "=" in a else (a, "", "") for a in arguments]
+    iterator = iter(pairs)
+    for name, equals, value in iterator:
+        if not name.startswith("--data."):
+            raise UserError(f"doctor takes --config and --data options, not {name}")
+        options[name.removeprefix("--data.")] = yaml.safe_load(value if equals else next(iterator, ("", "", ""))[0])
+    data = build_data({**recipe, "init_args": options})
+    _line("ok", "data", f"{data.root or 'embedded sample'}, read by {recipe['class_path']}")
+    for name, value in data.summary().items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        _line("ok", name, str(value))
+    failures = data.check()
+    for identity, why in failures[:20]:
+        _line("FAIL", identity, why)
+    if len(failures) > 20:
+        _line("FAIL", "...", f"and {len(failures) - 20} more")
+    _line("ok" if not failures else "FAIL", "unreadable", str(len(failures)))
+    return len(failures)
+
+
+def main(arguments: list[str]) -> int:
+    if any(a in ("-h", "--help") for a in arguments):
+        print("usage: polyhead doctor [--data.root PATH] [--config RECIPE] [--data...]\n\n"
+              "Checks versions, device and recipes. With --data.root it reads the data as the recipe would\n"
+              "(vision/shvit by default) and prints counts, classes and files that cannot be read.")  # fmt: skip
+        return 0
+    config = "vision/shvit"
+    rest: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        if argument == "--config":
+            config = next(iterator, "")
+        elif argument.startswith("--config="):
+            config = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if rest:
+        return 1 if _data(config, rest) else 0
+    _versions()
+    _device()
+    return 1 if _recipes() else 0

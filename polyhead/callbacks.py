@@ -1,0 +1,171 @@
+"""Callbacks that keep the run folder's contract: curves, exact resume, predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+
+from polyhead.files import write_text
+from polyhead.predictions import PredictionWriter
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.csv; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Curves(Callback):
+    """`metrics.csv`: a row an epoch with the losses, metrics and learning rate.
+
+    A resumed run keeps the rows up to the step of its checkpoint and goes on from there.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: str = ".") -> None:
+        self.path = Path(folder) / "metrics.csv"
+        self.rows: list[Row] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows = [r for r in read_rows(self.path) if int(r["step"]) <= trainer.global_step]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        row: Row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {k: f"{float(v):.6g}" for k, v in trainer.callback_metrics.items()}
+        row["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"
+        self.rows.append(row)
+        names = list(dict.fromkeys(k for r in self.rows for k in r))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt`, replaced whole, every n steps and at the end of every epoch.
+
+    Never on an epoch's last batch: Lightning would take such a checkpoint for a finished epoch whose end
+    has run and skip the next one on resume.
+
+    Args:
+        dirpath: the folder of checkpoints.
+        every_n_steps: optimiser steps between checkpoints inside an epoch.
+    """
+
+    def __init__(self, dirpath: str = ".", every_n_steps: int = 200) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._saved_at = -1
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._saved_at and not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of every global generator as plain data and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *[float(r) for r in rest]],
+        "python": list(random.getstate()[1]),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_generator_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    random.setstate((3, tuple(state["python"]), None))
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class GeneratorState(Callback):
+    """Carries the global generators through a checkpoint, so that dropout goes on where it stopped."""
+
+    def __init__(self) -> None:
+        self._restore: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return generator_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restore = state_dict
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Only here: everything before the first batch, the loaders' start included, may draw numbers
+        if self._restore is not None:
+            set_generator_state(self._restore)
+            self._restore = None
+
+
+class WritePredictions(Callback):
+    """Streams what `predict_step` returns into the run folder and counts it; nothing is kept."""
+
+    def __init__(self, writer: PredictionWriter) -> None:
+        self.writer = writer
+        self.samples = self.errors = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for name, why in batch["errors"]:
+            self.writer.add_error(name, why)
+        self.errors += len(batch["errors"])
+        self.samples += len(batch["id"])
+        if outputs:
+            self.writer.add({"id": batch["id"], **outputs})
+
+
+def merge_json(path: Path, prefix: str, values: dict[str, Any]) -> None:
+    """Replace the entries under `prefix/` in a metrics.json and keep the others."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {k: v for k, v in known.items() if not k.startswith(f"{prefix}/")}
+    known |= {f"{prefix}/{k}": v for k, v in values.items()}
+    write_text(path, json.dumps(known, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,60 @@
+"""Explanations of predictions: a picture and its arrays a sample."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyhead.data import DataModule
+from polyhead.errors import UserError
+from polyhead.files import atomic_write
+from polyhead.system import System
+
+
+def safe_name(name: str) -> str:
+    """A sample's id as a file name; separators become double underscores."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name.replace("/", "__"))[:150]
+
+
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple[int, int]:
+    """Write `NAME.png` and `NAME.npz` for the first `limit` samples of prediction.
+
+    Returns:
+        How many were explained, and how many could not be read.
+
+    Raises:
+        UserError: the system has no explanation.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    describe = getattr(system, "explain", None)
+    if describe is None:
+        raise UserError(f"{type(system).__name__} has no explanation")
+    system.eval()
+    data.setup("predict")
+    count = failed = 0
+    for batch in itertools.islice(data.loader(data.samples("predict"), "predict"), -(-limit // data.batch_size)):
+        failed += len(batch["errors"])
+        if not batch["id"]:
+            continue
+        room = limit - count
+        batch = {k: v[:room] for k, v in move(batch, system.device).items()}
+        for name, (figure, arrays) in zip(batch["id"], describe(batch), strict=True):
+            with atomic_write(folder / f"{safe_name(name)}.png") as path:
+                figure.savefig(path, dpi=100, bbox_inches="tight")
+            with atomic_write(folder / f"{safe_name(name)}.npz") as path:
+                np.savez_compressed(path, **arrays)
+            pyplot.close(figure)
+            count += 1
+    return count, failed

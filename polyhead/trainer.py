@@ -1,0 +1,275 @@
+"""The Trainer behind the command: Lightning's, and what a run folder gets beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from polyhead import bundle, predictions
+from polyhead.callbacks import WritePredictions, merge_json
+from polyhead.data import DataModule
+from polyhead.errors import UserError
+from polyhead.report import write_report
+from polyhead.system import System
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class PolyheadTrainer(Trainer):
+    """Lightning's Trainer with the run folder's contract; the command's options come from its methods.
+
+    Attributes:
+        command: the command line, for the report.
+        config_text: the resolved recipe, for the report.
+    """
+
+    command: str = ""
+    config_text: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.default_root_dir)
+
+    def fit(  # type: ignore[override]
+        self,
+        model: System,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        init_from: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Train, keep the best weights as a bundle, and write a report.
+
+        Args:
+            model: the system.
+            train_dataloaders: not used by the command.
+            val_dataloaders: not used by the command.
+            datamodule: the data.
+            ckpt_path: continue exactly from this Lightning checkpoint; `last` is that of --output.
+            init_from: start from the weights of a checkpoint, a bundle or a shipped model; the optimiser is new.
+            resume: continue from checkpoints/last.ckpt of --output.
+            overwrite: replace the results of an earlier fit in --output.
+        """
+        if init_from is not None:
+            new = bundle.init_weights(model, bundle.read(init_from))
+            say(f"started from {init_from}" + (f"; new: {', '.join(new[:4])}" if new else ""))
+        if datamodule is None:
+            super().fit(model, train_dataloaders, val_dataloaders, None, ckpt_path)
+            return
+        if self.is_global_zero and not ckpt_path:
+            self._plan(model, datamodule)
+        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        if self.interrupted or self.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        best = self._best()
+        if best is not None:
+            model.load_state_dict(bundle.load_torch(best)["state_dict"])
+        super().validate(model, datamodule=datamodule, verbose=False)
+        if not self.is_global_zero:
+            return
+        metrics = self._store(model, "val")
+        bundle.save_bundle(
+            self.folder / "bundle",
+            model.state_dict(),
+            model.recipe,
+            model.data_recipe,
+            bundle.card(self.folder.name, model.recipe, model.data_recipe, metrics, self.command),
+        )
+        report = write_report(self.folder, model, "val", self.command, self.config_text)
+        if datamodule.skipped:
+            say(f"{datamodule.skipped} samples could not be read and were left out")
+        say(f"report: {report}")
+        say(f"next: polyhead test --output {self.folder} --ckpt_path best")
+
+    def _best(self) -> Path | None:
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+                return Path(callback.best_model_path)
+        return None
+
+    def _plan(self, model: System, datamodule: DataModule) -> None:
+        """What is about to happen, in about ten lines."""
+        datamodule.trainer = self
+        datamodule.setup("fit")
+        count = sum(p.numel() for p in model.parameters())
+        steps = datamodule.steps_per_epoch()
+        stop = [c for c in self.early_stopping_callbacks if isinstance(c, EarlyStopping)]
+        lines = {
+            "model": f"{type(model).__name__}, {count / 1e6:.2f} M parameters",
+            "data": datamodule.root or "embedded sample",
+            **datamodule.plan(),
+            "batch": f"{datamodule.batch_size}, {datamodule.num_workers} workers",
+            "length": f"{self.max_epochs} epochs of {steps} steps"
+            + (f", stopped early on {stop[0].monitor}" if stop else ""),
+            "device": f"{self.strategy.root_device}, precision {self.precision}, {torch.get_num_threads()} threads",
+            "output": str(self.folder),
+        }
+        for key, value in lines.items():
+            say(f"  {key:<10} {value}")
+
+    def _store(self, model: System, stage: str) -> dict[str, float]:
+        metrics = model.named_results(stage)
+        losses = {k.split("/", 1)[1]: float(v) for k, v in self.callback_metrics.items() if k.startswith(f"{stage}/")}
+        metrics = {**losses, **metrics}
+        merge_json(self.folder / "metrics.json", stage, metrics)
+        for name, value in metrics.items():
+            say(f"  {stage}/{name:<24} {value:.4f}")
+        return metrics
+
+    def _evaluate(self, model: System, datamodule: DataModule, stage: Literal["val", "test"]) -> Any:
+        run = super().validate if stage == "val" else super().test
+        result = run(model, datamodule=datamodule, verbose=False)
+        if self.is_global_zero and not self.fast_dev_run:  # type: ignore[attr-defined]
+            self._store(model, stage)
+            say(f"report: {write_report(self.folder, model, stage, self.command, self.config_text)}")
+        return result
+
+    def validate(  # type: ignore[override]
+        self,
+        model: System,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        overwrite: bool = False,
+    ) -> Any:
+        """Evaluate on the validation split.
+
+        Args:
+            model: the system.
+            dataloaders: not used by the command.
+            datamodule: the data.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, or `best`/`last` of --output.
+            overwrite: replace the results of an earlier validate in --output.
+        """
+        if datamodule is None:
+            return super().validate(model, dataloaders, ckpt_path)
+        return self._evaluate(model, datamodule, "val")
+
+    def test(  # type: ignore[override]
+        self,
+        model: System,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        overwrite: bool = False,
+    ) -> Any:
+        """Evaluate on the test split.
+
+        Args:
+            model: the system.
+            dataloaders: not used by the command.
+            datamodule: the data.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, or `best`/`last` of --output.
+            overwrite: replace the results of an earlier test in --output.
+        """
+        if datamodule is None:
+            return super().test(model, dataloaders, ckpt_path)
+        return self._evaluate(model, datamodule, "test")
+
+    def predict(  # type: ignore[override]
+        self,
+        model: System,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        strict: bool = False,
+    ) -> None:
+        """Write a row for every sample to predictions/, and what could not be read to errors.parquet.
+
+        Args:
+            model: the system.
+            dataloaders: not used by the command.
+            datamodule: the data.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, an .onnx file, `best`/`last` of --output.
+            resume: go on where an earlier predict in --output stopped.
+            overwrite: replace the predictions in --output.
+            strict: exit with status 2 when a sample could not be read.
+        """
+        if datamodule is None:
+            super().predict(model, dataloaders, return_predictions=False)
+            return
+        if overwrite and self.is_global_zero:
+            predictions.remove(self.folder)
+        self.strategy.barrier()
+        datamodule.done = predictions.done_ids(self.folder) if resume else set()
+        rank = self.global_rank if self.world_size > 1 else None
+        with predictions.PredictionWriter(self.folder, resume=resume, rank=rank) as writer:
+            callback = WritePredictions(writer)
+            self.callbacks.append(callback)  # type: ignore[attr-defined]
+            try:
+                super().predict(model, datamodule=datamodule, return_predictions=False)
+            finally:
+                self.callbacks.remove(callback)  # type: ignore[attr-defined]
+        self.strategy.barrier()
+        if rank == 0:
+            predictions.join_errors(self.folder)
+        before = f" ({len(datamodule.done):,} were done before)" if datamodule.done else ""
+        say(f"{callback.samples:,} samples predicted in {self.folder / 'predictions'}{before}")
+        if callback.errors:
+            text = f"{callback.errors:,} samples could not be read: {self.folder / 'errors.parquet'} says why"
+            if strict:
+                raise UserError(text)
+            say(text)
+
+    def export(
+        self,
+        model: System,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        format: Literal["onnx", "torchscript", "pt2"] = "onnx",
+        overwrite: bool = False,
+    ) -> None:
+        """Write the model as one file that needs no code of ours, compared with the model before it is kept.
+
+        Args:
+            model: the system.
+            datamodule: the data whose preprocessing and names travel in the file.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, or `best`/`last` of --output.
+            format: the kind of file.
+            overwrite: replace the file of that format in --output.
+        """
+        from polyhead.export import SUFFIX, export
+
+        path = self.folder / f"model{SUFFIX[format]}"
+        largest = export(model, path, format)
+        size = path.stat().st_size / 1e6
+        say(f"{path}: {size:.1f} MB, largest difference from the model {largest:.2g}")
+        if format == "onnx":
+            say(f"next: polyhead predict --ckpt_path {path} --data.root DIR")
+
+    def explain(
+        self,
+        model: System,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | None = None,
+        limit: int = 16,
+        overwrite: bool = False,
+    ) -> None:
+        """Draw what the model looks at, a picture and an array a sample, into explain/.
+
+        Args:
+            model: the system.
+            datamodule: the data; its prediction samples are explained.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, or `best`/`last` of --output.
+            limit: samples to explain, from the first.
+            overwrite: replace the pictures in --output.
+        """
+        from polyhead.explain import explain
+
+        assert datamodule is not None
+        count, failed = explain(model, datamodule, self.folder / "explain", limit)
+        say(f"{count} samples explained in {self.folder / 'explain'}")
+        if failed:
+            say(f"{failed} samples could not be read")
