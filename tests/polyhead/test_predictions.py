@@ -110,8 +110,9 @@ from polyhead.predictions import PredictionWriter, done_ids
 folder, n = sys.argv[1], int(sys.argv[2])
 done = done_ids(folder)
 with PredictionWriter(folder, rows_per_part=16, resume=True) as writer:
-    print("begun", flush=True)
     for i in range(n):
+        if i == n // 100:
+            print("begun", flush=True)
         name = f"s{i}"
         if name in done:
             continue
@@ -141,7 +142,7 @@ def test_killed_at_any_moment_and_resumed_every_sample_is_there_once(tmp_path: P
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         if attempt < 8:
-            time.sleep(chance.uniform(0, 0.06))
+            time.sleep(chance.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
         finished = process.stdout.read() == "whole\n"
         process.stdout.close()
