@@ -103,7 +103,7 @@ class PolyheadCLI(LightningCLI):
         return {self.only: skip}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--output", type=str, default=None, help="The run folder.")
+        parser.add_argument("--output", type=str, default="runs", help="The run folder.")
         parser.add_argument("--monitor", type=str, default="val/loss", help="The metric that chooses the best weights.")
         parser.add_argument("--mode", type=str, choices=["min", "max"], default="min", help="Whether less is better.")
         parser.add_lightning_class_args(ModelCheckpoint, "best")
@@ -131,6 +131,9 @@ class PolyheadCLI(LightningCLI):
             parser.parse_args([self.only, *self.rest])
         self._find_model()
         configs = [recipes.find(c) for c in given.config]
+        own = Path(given.output or ".") / "config.yaml"
+        if self.resume_path is not None and not configs and given.output and own.is_file():
+            configs = [own]
         self.output = Path(given.output) if given.output else self._default_output(configs)
         if self.saved is not None:
             own = self._parser(self.only)

@@ -28,15 +28,23 @@ Arrays = dict[str, np.ndarray]
 
 
 class Graph(nn.Module):
-    """A system's `outputs` as tensors in, tuple of tensors out, in the order of its signature."""
+    """A system's `outputs` as tensors in, tuple of tensors out, in the order of its signature.
+
+    It holds the system's modules and buffers but not the system: tracing reads every property of what it
+    holds, and those of a Lightning module ask for a trainer.
+    """
 
     def __init__(self, system: System, signature: Signature) -> None:
         super().__init__()
-        self.system = system
+        for name, child in system.named_children():
+            self.add_module(name, child)
+        for name, buffer in system.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
         self.names, self.results = list(signature.inputs), list(signature.outputs)
+        self.outputs = [system.outputs]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.system.outputs(**dict(zip(self.names, inputs, strict=True)))
+        outputs = self.outputs[0](**dict(zip(self.names, inputs, strict=True)))
         return tuple(outputs[name] for name in self.results)
 
 

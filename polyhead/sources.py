@@ -110,6 +110,7 @@ def find(
     split_column: str | None = None,
     group_column: str | None = None,
     suffixes: Iterable[str] = IMAGE_SUFFIXES,
+    ignored: list[str] | None = None,
 ) -> list[Entry]:
     """The samples under `root`, sorted by name (in file order for a list or a table).
 
@@ -131,17 +132,22 @@ def find(
         path_column, label_column, split_column, group_column: a table's columns; None goes by usual names
             (`path`, `file`, `filename`, `image`; `label`, `class`; `split`). A group, such as a patient, is
             only used when its column is named.
+        ignored: where to append the names of files that `everything` would take and `suffixes` do not.
 
     Raises:
         UserError: nothing there, nothing in it, or more than one thing it could mean.
     """
     columns = _Columns(path_column, label_column, split_column, group_column, optional=everything)
-    wanted = _everything if everything else _with_suffix(frozenset(suffixes))
-    given = str(root)
-    root = Path(root).expanduser()
-    if not root.exists():
-        near = nearest(root.name, os.listdir(root.parent)) if root.parent.is_dir() else []
-        raise UserError(f"no such file or folder: {given}", [f"near: {root.parent / n}" for n in near])
+    endings = None if everything else frozenset(suffixes)
+
+    def wanted(path: str) -> bool:
+        if not _counts(path) or endings is None or Path(path).suffix.lower() in endings:
+            return _counts(path)
+        if ignored is not None:
+            ignored.append(path)
+        return False
+
+    given, root = str(root), existing(root)
     try:
         entries = _find(root, name, columns, wanted)
     except OSError as error:
@@ -160,7 +166,7 @@ def _find(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str
     suffix = root.suffix.lower()
     if root.is_dir():
         return _folder(root, name, columns, wanted)
-    if name is not None:
+    if name is not None and not columns.optional:
         raise UserError(f"data.name chooses in a folder, but {root} is a file: leave data.name out")
     if suffix in TABLE_SUFFIXES:
         return _rows(root, columns)
@@ -239,13 +245,19 @@ def _annotated(entries: list[Entry], rows: list[Entry]) -> list[Entry]:
     return merged + [row for row in known.values() if row.location.problem]
 
 
-def _everything(path: str) -> bool:
+def existing(root: str | Path) -> Path:
+    """`root` as a path. Raises UserError, with near names, when nothing is there."""
+    path = Path(root).expanduser()
+    if not path.exists():
+        near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else []
+        raise UserError(f"no such file or folder: {root}", [f"near: {path.parent / n}" for n in near])
+    return path
+
+
+def _counts(path: str) -> bool:
+    """Whether a file is a sample and not something that lies beside samples."""
     name = path.rsplit("/", 1)[-1].lower()
     return not name.startswith(SIDE_STEMS) and Path(name).suffix not in SIDE_SUFFIXES
-
-
-def _with_suffix(suffixes: frozenset[str]) -> Callable[[str], bool]:
-    return lambda path: Path(path).suffix.lower() in suffixes
 
 
 def _hidden(parts: Iterable[str]) -> bool:
