@@ -135,7 +135,7 @@ class HaloAttention(nn.Module):
         strided = pixels[:, :: self.query_stride, :: self.query_stride]
         q = F.linear(strided, self.q.weight[:, :, 0, 0], self.q.bias)
         q = pad_to(q, rows * bs, columns * bs)
-        q = q.reshape(-1, rows, bs, columns, bs, heads, self.dim_k).permute(0, 1, 3, 5, 2, 4, 6)
+        q = q.reshape(x.shape[0], rows, bs, columns, bs, heads, self.dim_k).permute(0, 1, 3, 5, 2, 4, 6)
         kv = F.linear(pixels, self.kv.weight[:, :, 0, 0], self.kv.bias)
         kv = pad_to(kv, rows * b, columns * b, self.halo)
         windows = kv.unfold(1, w, b).unfold(2, w, b).permute(0, 1, 2, 4, 5, 3)
@@ -151,9 +151,14 @@ class HaloAttention(nn.Module):
         """`[M, H, bs*bs, dv]` -> `[B, H*dv, ceil(H/stride), ceil(W/stride)]`, in channels_last memory."""
         rows, columns = self.blocks(x)
         bs, qs = self.queries, self.query_stride
-        out = out.transpose(1, 2).reshape(-1, rows, columns, bs, bs, self.num_heads * self.dim_v)
-        out = out.transpose(2, 3).reshape(-1, rows * bs, columns * bs, self.num_heads * self.dim_v)
-        out = out[:, : (x.shape[2] + qs - 1) // qs, : (x.shape[3] + qs - 1) // qs].permute(0, 3, 1, 2)
+        out = out.transpose(1, 2).reshape(x.shape[0], rows, columns, bs, bs, self.num_heads * self.dim_v)
+        out = out.transpose(2, 3).reshape(x.shape[0], rows * bs, columns * bs, self.num_heads * self.dim_v)
+        height, width = (x.shape[2] + qs - 1) // qs, (x.shape[3] + qs - 1) // qs
+        if not none(rows * bs - height, columns * bs - width):
+            # gathered, not sliced: an exporter would fix the sizes to know whether a slice is still dense
+            out = out.index_select(1, torch.arange(height, device=x.device))
+            out = out.index_select(2, torch.arange(width, device=x.device))
+        out = out.permute(0, 3, 1, 2)
         # cropped before the pooling: the last row of an odd map averages real positions only
         return F.avg_pool2d(out, 2, 2, ceil_mode=True) if self.pool else out
 
@@ -199,7 +204,11 @@ class HaloAttention(nn.Module):
 def pad_to(pixels: Tensor, height: int, width: int, halo: int = 0) -> Tensor:
     """`[B, H, W, C]` -> zeros below and to the right up to height x width, then `halo` on every side."""
     below, right = height - pixels.shape[1], width - pixels.shape[2]
-    # sizes are no plain ints in a tracer: there the padding must stay in the graph, even where it is none
-    if halo == 0 and isinstance(below, int) and isinstance(right, int) and below == right == 0:
+    if halo == 0 and none(below, right):
         return pixels
     return F.pad(pixels, (0, 0, halo, halo + right, halo, halo + below))
+
+
+def none(below: int, right: int) -> bool:
+    """Whether there is certainly nothing to pad or crop. A tracer's sizes are no ints: it keeps the step."""
+    return isinstance(below, int) and isinstance(right, int) and below == right == 0

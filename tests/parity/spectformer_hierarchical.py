@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tests.parity import Check
 from tests.parity import _spectformer as shared
-from vision.spectformer import HierarchicalSpectFormer, SpectralGate, spectformer
+from vision.spectformer import HierarchicalSpectFormer, spectformer
+from vision.spectral_gate import SpectralGate
 from vision.token_label import TokenLabelLoss, mix_box
 
 
@@ -58,7 +59,9 @@ def evaluate(case: Mapping[str, Any], model: nn.Module, io: Mapping[str, Tensor]
     return got
 
 
-def train(case: Mapping[str, Any], model: HierarchicalSpectFormer, io: Mapping[str, Tensor]) -> shared.Results:
+def train(
+    case: Mapping[str, Any], model: HierarchicalSpectFormer, io: Mapping[str, Tensor]
+) -> shared.Results:
     box = tuple(io["train.mix_bbox"].tolist()) if "train.mix_bbox" in io else tuple(case["mix_bbox"])
     got: shared.Results = {}
     if "mix_numpy_seed" in case:
