@@ -32,7 +32,7 @@ from polyhead.trainer import PolyheadTrainer
 TRAINER = Path(__file__).with_name("trainer.yaml")
 FLAGS = ("resume", "overwrite", "strict")
 # What a recipe may hold; the rest of a parsed configuration belongs to one call
-RECIPE_KEYS = ("seed_everything", "monitor", "mode", "trainer", "model", "data", "best", "last")
+RECIPE_KEYS = ("seed_everything", "monitor", "mode", "patience", "trainer", "model", "data", "best", "last")
 # What each subcommand leaves in a run folder, relative to it
 RESULTS = {
     "fit": ["config.yaml", "metrics.csv", "checkpoints", "bundle", "tensorboard"],
@@ -106,6 +106,9 @@ class PolyheadCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs", help="The run folder.")
         parser.add_argument("--monitor", type=str, default="val/loss", help="The metric that chooses the best weights.")
         parser.add_argument("--mode", type=str, choices=["min", "max"], default="min", help="Whether less is better.")
+        parser.add_argument(
+            "--patience", type=int, default=20, help="Epochs without a better value before training stops."
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Curves, "curves")
@@ -122,6 +125,7 @@ class PolyheadCLI(LightningCLI):
         for key in ("monitor", "mode"):
             parser.link_arguments(key, f"best.{key}")
             parser.link_arguments(key, f"trainer.callbacks.init_args.{key}")
+        parser.link_arguments("patience", "trainer.callbacks.init_args.patience")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("data", "model.init_args.facts", compute_fn=_facts, apply_on="instantiate")
 
