@@ -17,7 +17,6 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from apps import recipes
 from apps.messages import plain
@@ -61,7 +60,7 @@ class Parser(LightningArgumentParser):
 def _first_pass(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options that must be known before parsing, and all others as they are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))  # type: ignore[method-assign, assignment]
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))  # type: ignore[method-assign]
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--output")
     parser.add_argument("--ckpt_path")
@@ -80,6 +79,7 @@ class PolyheadCLI(LightningCLI):
 
     def __init__(self, subcommand: str, arguments: list[str]) -> None:
         self.only = subcommand
+        self.words = arguments
         self.given, self.rest = _first_pass(arguments)
         self.saved: bundle.Saved | None = None
         self.resume_path: Path | None = None
@@ -140,8 +140,7 @@ class PolyheadCLI(LightningCLI):
             configs = [own]
         self.output = Path(given.output) if given.output else self._default_output(configs)
         if self.saved is not None:
-            own = self._parser(self.only)
-            own.set_defaults(self._defaults(self.saved))
+            self._parser(self.only).set_defaults(self._defaults(self.saved))
         elif not configs and not any(a.startswith("--model") for a in self.rest):
             wanted = "--config RECIPE" if self.only == "fit" else "--ckpt_path MODEL"
             raise UserError(
@@ -244,7 +243,7 @@ class PolyheadCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.only]
         self.recipe = self._recipe()
-        if rank_zero_only.rank == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             self._claim(config)
         if self.resume_path is not None:
             config.ckpt_path = str(self.resume_path)
@@ -265,7 +264,10 @@ class PolyheadCLI(LightningCLI):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif there and not self._flag("resume") and self.resume_path is None:
             choices = "--resume or --overwrite" if self.only in ("fit", "predict") else "--overwrite"
-            raise UserError(f"{self.output} already holds results of {self.only} ({there[0].name})", [f"add {choices}, or choose another --output"])
+            raise UserError(
+                f"{self.output} already holds results of {self.only} ({there[0].name})",
+                [f"add {choices}, or choose another --output"],
+            )
         text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         name = "config.yaml" if self.only == "fit" else f"config_{self.only}.yaml"
         write_text(self.output / name, text)
@@ -284,8 +286,9 @@ class PolyheadCLI(LightningCLI):
         model.recipe = _with(self.recipe["model"], {"facts": facts})
         model.data_recipe = _with(self.recipe["data"], facts)
         data.recipe = model.data_recipe
-        self.trainer.command = "polyhead " + shlex.join([self.only, *sys.argv[2:]])
-        self.trainer.config_text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        trainer: Any = self.trainer
+        trainer.command = "polyhead " + shlex.join([self.only, *self.words])
+        trainer.config_text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         if self.saved is not None and self.only != "fit" and self.saved.state:
             bundle.load_weights(model, self.saved)
 

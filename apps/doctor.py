@@ -11,7 +11,9 @@ import yaml
 from apps import recipes
 from polyhead.errors import UserError
 
-PACKAGES = ("polyhead", "torch", "torchvision", "pytorch-lightning", "jsonargparse", "timm", "onnx", "onnxruntime", "pyarrow")
+PACKAGES = (
+    "polyhead", "torch", "torchvision", "pytorch-lightning", "jsonargparse", "timm", "onnx", "onnxruntime", "pyarrow",
+)  # fmt: skip
 
 
 def _line(mark: str, name: str, text: str) -> None:

@@ -94,7 +94,8 @@ def explain_os_error(error: BaseException) -> UserError | None:
         code = getattr(seen, "errno", None)
         text = str(seen)
         if code in OUT_OF_SPACE or "No space left on device" in text:
-            return UserError(f"no space left to write {getattr(seen, 'filename', None) or 'the outputs'}: {reason(seen)}")
+            where = getattr(seen, "filename", None) or "the outputs"
+            return UserError(f"no space left to write {where}: {reason(seen)}")
         if code in UNWRITABLE:
             return UserError(f"no permission for {getattr(seen, 'filename', None) or 'the outputs'}: {reason(seen)}")
         seen = seen.__cause__ or seen.__context__

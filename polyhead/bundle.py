@@ -10,7 +10,6 @@ import copy
 import importlib
 import importlib.resources
 import json
-import pickle
 import shutil
 import tempfile
 import warnings
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from polyhead.data import DataModule
 from polyhead.errors import UserError, nearest, reason
+from polyhead.safe import read_checkpoint
 from polyhead.system import System
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
@@ -103,24 +102,8 @@ def _read_bundle(folder: Path) -> Saved:
     return Saved({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, model, data, folder)
 
 
-def load_torch(path: Path) -> dict[str, Any]:
-    """A file of `torch.save`, plain data only. Raises UserError, also when it holds anything else."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
-    except pickle.UnpicklingError as error:
-        text = reason(error).split("WeightsUnpickler error:")[-1].split("Please use")[0].strip()
-        raise UserError(f"refused to load {path}: it holds more than plain data ({text[:120]})") from error
-    except Exception as error:
-        raise UserError(f"cannot read {path} as a checkpoint: {reason(error)[:160]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path} as a checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
 def _read_checkpoint(path: Path) -> Saved:
-    content = load_torch(path)
+    content = read_checkpoint(path)
     if CHECKPOINT_KEY not in content or "state_dict" not in content:
         raise UserError(
             f"{path} is not a checkpoint of this suite",

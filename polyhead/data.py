@@ -18,6 +18,10 @@ Split = Literal["train", "val", "test", "predict"]
 STAGE_SPLIT: dict[str, Split] = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
+def _epochs_done(trainer: Any) -> int:
+    return trainer.fit_loop.epoch_progress.current.processed
+
+
 class Unreadable(NamedTuple):
     """A sample that could not be read, and why."""
 
@@ -164,6 +168,10 @@ class DataModule(LightningDataModule):
         """Lines for the plan printed before a fit."""
         return {split: f"{len(self.samples(split)):,} samples" for split in ("train", "val")}
 
+    def check(self) -> list[tuple[str, str]]:
+        """Read everything; the id of what cannot be read, and why."""
+        return []
+
     def summary(self) -> dict[str, Any]:
         """Counts for `polyhead doctor`."""
         return {}
@@ -203,7 +211,7 @@ class DataModule(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         # A loader with a generator of its own leaves the global one, which training state depends on, alone
         return StatefulDataLoader(
-            _Reader(samples),  # type: ignore[arg-type]
+            _Reader(samples),
             batch_sampler=BatchOrder(self, samples, split, epoch, rank, world),
             num_workers=self.num_workers,
             collate_fn=collate,
@@ -215,7 +223,7 @@ class DataModule(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         # On resume Lightning tells the epoch only after the loader exists
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else 0
+        epoch = _epochs_done(self.trainer) if self.trainer is not None else 0
         return self.loader(self.samples("train"), "train", epoch)
 
     def val_dataloader(self) -> StatefulDataLoader:

@@ -62,7 +62,8 @@ class Model:
         if good:
             batch = move(collate(list(good)), self.system.device)
             columns = {"id": batch["id"], **self.system.columns(batch, self.system(batch))}
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(_listed, columns.values()), strict=True)]
+            lists = [_listed(values) for values in columns.values()]
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
         for index, row in sorted(bad.items()):
             rows.insert(index - indices[0], row)
         return rows

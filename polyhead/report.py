@@ -80,7 +80,7 @@ def confusion_picture(matrix: Any, classes: list[str]) -> Any:
         for i in range(len(classes)):
             for j in range(len(classes)):
                 colour = "white" if share[i, j] > 0.5 else "black"
-                axis.text(j, i, int(counts[i, j]), ha="center", va="center", color=colour, fontsize="small")
+                axis.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour, fontsize="small")
     return figure
 
 

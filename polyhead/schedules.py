@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,7 +37,7 @@ class WarmupCosine(LRScheduler):
         progress = min(1.0, (step - warm) / max(1.0, self.total_steps - warm))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]
+    def get_lr(self) -> list[float | Tensor]:
         return [base * self.scale(self.last_epoch) for base in self.base_lrs]
 
     def set_total_steps(self, total_steps: int) -> None:

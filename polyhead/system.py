@@ -196,7 +196,7 @@ class System(LightningModule):
 
     def parameter_groups(self) -> Iterator[dict[str, Any]]:
         """Trainable parameters by (decayed or not, rate factor), in a fixed order. A factor of 0 freezes."""
-        listed = getattr(self.network, "no_weight_decay", lambda: set())()
+        listed: set[str] = getattr(self.network, "no_weight_decay", set)()
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             prefixes = [p for p in self.lr_scale if name.startswith(p)]
@@ -211,15 +211,15 @@ class System(LightningModule):
             yield {"params": parameters, "factor": factor, **({"weight_decay": 0.0} if bare else {})}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameter_groups())  # type: ignore[arg-type]
+        optimizer = self.optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             group["lr"] *= group["factor"]
         if self.scheduler is None:
             return optimizer
-        scheduler = self.scheduler(optimizer)
+        scheduler: Any = self.scheduler(optimizer)
         spans = hasattr(scheduler, "set_total_steps")
         if spans:
-            scheduler.set_total_steps(self._total_steps())  # type: ignore[union-attr]
+            scheduler.set_total_steps(self._total_steps())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step" if spans else "epoch"},

@@ -15,6 +15,7 @@ from polyhead.callbacks import WritePredictions, merge_json
 from polyhead.data import DataModule
 from polyhead.errors import UserError
 from polyhead.report import write_report
+from polyhead.safe import read_checkpoint
 from polyhead.system import System
 
 
@@ -73,7 +74,7 @@ class PolyheadTrainer(Trainer):
             return
         best = self._best()
         if best is not None:
-            model.load_state_dict(bundle.load_torch(best)["state_dict"])
+            model.load_state_dict(read_checkpoint(best)["state_dict"])
         super().validate(model, datamodule=datamodule, verbose=False)
         if not self.is_global_zero:
             return

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["apps.cli", "polyhead.export", "tests.toy", "vision.tasks", "vision.images"])
+_context.set_forkserver_preload(
+    ["apps.cli", "polyhead.export", "polyhead.progress", "torch.utils.tensorboard", "tests.toy", "vision.tasks",
+     "vision.images"]
+)  # fmt: skip
 
 
 @dataclass

@@ -19,4 +19,5 @@ def shared() -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not SHARED.is_dir():
-        terminalreporter.write_line("left out: the tests on ../shared (fixtures and data), which is not beside this checkout")
+        text = "left out: the tests on ../shared (fixtures and data), which is not beside this checkout"
+        terminalreporter.write_line(text)
