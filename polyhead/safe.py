@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if refused is None:
             raise UserError(
                 f"{path} is not a checkpoint that torch can read safely: {_first(error)}"
