@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from polyhead.errors import UserError
+from vision.windows import crop_pixels, cut_windows, pad_pixels, traced
 
 
 def round_channels(value: float, floor: float = 0.9) -> int:
@@ -44,6 +46,87 @@ class RelativePosition(nn.Module):
         by_row = torch.einsum("mhyxd,yud->mhyxu", q, self.height_rel[self.rows].to(q.dtype))
         by_column = torch.einsum("mhyxd,xvd->mhyxv", q, self.width_rel[self.rows].to(q.dtype))
         return by_row.contiguous(), by_column.contiguous()
+
+
+def outer_sum(by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Row and column terms `[M, H, bs, bs, w]` -> `[M, H, bs*bs, w*w]`."""
+    return (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+
+
+def attend(q: Tensor, windows: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T + row term + column term) v for every block.
+
+    `[M, H, bs, bs, dk]`, `[M, w*w, H, dk + dv]`, twice `[M, H, bs, bs, w]` -> `[M, bs*bs, H, dv]`. On the CPU
+    a few blocks at a time, whose logits stay in the cache: they are never in memory all at once, and the
+    gradient computes them anew.
+    """
+    if traced() or q.device.type != "cpu":
+        k, v = windows.transpose(1, 2).split([q.shape[-1], windows.shape[-1] - q.shape[-1]], dim=-1)
+        bias = outer_sum(by_row, by_column)
+        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=scale)
+        return out.transpose(1, 2)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, windows, by_row, by_column)):
+        return _Attend.apply(q, windows, by_row, by_column, scale)
+    return attend_in_chunks(q, windows, by_row, by_column, scale)
+
+
+def chunks(q: Tensor, windows: Tensor) -> list[slice]:
+    """Runs of blocks with about 2**19 logits."""
+    logits = q.shape[1] * q.shape[2] * q.shape[3] * windows.shape[1]
+    count = max(1, 2**19 // logits)
+    return [slice(start, start + count) for start in range(0, len(q), count)]
+
+
+def attend_in_chunks(q: Tensor, windows: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
+    dk = q.shape[-1]
+    out = q.new_empty(len(q), q.shape[2] * q.shape[3], q.shape[1], windows.shape[-1] - dk)
+    for part in chunks(q, windows):
+        kv, bias = windows[part].transpose(1, 2), outer_sum(by_row[part], by_column[part])
+        part_out = F.scaled_dot_product_attention(
+            q[part].flatten(2, 3), kv[..., :dk], kv[..., dk:], attn_mask=bias, scale=scale
+        )
+        out[part] = part_out.transpose(1, 2)
+    return out
+
+
+class _Attend(torch.autograd.Function):
+    """`attend_in_chunks` with its gradient, in float32 at least."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, windows: Tensor, by_row: Tensor, by_column: Tensor, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        out = attend_in_chunks(q, windows, by_row, by_column, scale)
+        ctx.save_for_backward(q, windows, by_row, by_column, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        q, windows, by_row, by_column, out = ctx.saved_tensors
+        dk, window = q.shape[-1], by_row.shape[-1]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        grads = [torch.empty_like(t) for t in (q, windows, by_row, by_column)]
+        with torch.autocast("cpu", enabled=False):
+            for part in chunks(q, windows):
+                queries = q[part].to(wide).flatten(2, 3).flatten(0, 1)  # [m*H, bs*bs, dk]
+                kv = windows[part].to(wide).transpose(1, 2).flatten(0, 1)  # [m*H, w*w, dk + dv]
+                k, v = kv[..., :dk].contiguous(), kv[..., dk:].contiguous()
+                d_out = grad[part].to(wide).transpose(1, 2).flatten(0, 1)
+                bias = outer_sum(by_row[part].to(wide), by_column[part].to(wide)).flatten(0, 1)
+                p = torch.baddbmm(bias, queries, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
+                row_sum = (d_out * out[part].to(wide).transpose(1, 2).flatten(0, 1)).sum(-1, keepdim=True)
+                d_logits = torch.baddbmm(row_sum, d_out, v.transpose(1, 2), beta=-1).mul_(p)
+                d_kv = torch.cat(
+                    [d_logits.transpose(1, 2) @ (ctx.scale * queries), p.transpose(1, 2) @ d_out], 2
+                )
+                grads[0][part] = (ctx.scale * d_logits @ k).view(q[part].shape)
+                grads[1][part] = d_kv.view(-1, q.shape[1], *d_kv.shape[1:]).transpose(1, 2)
+                square = d_logits.view(*by_row[part].shape[:4], window, window)
+                grads[2][part] = square.sum(-1)
+                grads[3][part] = square.sum(-2)
+        return grads[0], grads[1], grads[2], grads[3], None
 
 
 class HaloAttention(nn.Module):
@@ -111,65 +194,66 @@ class HaloAttention(nn.Module):
         nn.init.trunc_normal_(self.pos_embed.width_rel, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
-        by_row, by_column = self.pos_embed(q)
-        if self.scale_pos_embed:
-            by_row, by_column = by_row * self.scale, by_column * self.scale
-        bias = by_row[..., :, None] + by_column[..., None, :]
-        if self.mask_padding:
-            bias = bias + self.padding_mask(x, bias.dtype)[:, None, None, None]
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 3), k, v, attn_mask=bias.flatten(4).flatten(2, 3), scale=self.scale
-        )
-        return self.fold(out, x)
+        q, windows = self.project(x)
+        return self.fold(attend(q, windows, *self.position(q, x), self.scale), x)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, C, H, W]` -> queries `[M, H, bs, bs, dk]`, keys `[M, H, w*w, dk]`, values `[M, H, w*w, dv]`.
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, C, H, W]` -> queries `[M, H, bs, bs, dk]` and windows `[M, w*w, H, dk + dv]` of keys, values.
 
         M = B * blocks, blocks row-major. Channels are innermost all along, so that cutting the windows
-        moves whole pixels (all heads at once); keys and values are then strided views of the windows.
+        moves whole pixels (all heads at once).
         """
         b, bs, w, heads = self.block, self.queries, self.window, self.num_heads
         rows, columns = self.blocks(x)
         pixels = x.permute(0, 2, 3, 1)
         strided = pixels[:, :: self.query_stride, :: self.query_stride]
         q = F.linear(strided, self.q.weight[:, :, 0, 0], self.q.bias)
-        q = pad_to(q, rows * bs, columns * bs)
+        q = pad_pixels(q, rows * bs, columns * bs)
         q = q.reshape(x.shape[0], rows, bs, columns, bs, heads, self.dim_k).permute(0, 1, 3, 5, 2, 4, 6)
         kv = F.linear(pixels, self.kv.weight[:, :, 0, 0], self.kv.bias)
-        kv = pad_to(kv, rows * b, columns * b, self.halo)
-        windows = kv.unfold(1, w, b).unfold(2, w, b).permute(0, 1, 2, 4, 5, 3)
-        windows = windows.reshape(-1, w * w, heads, self.dim_k + self.dim_v).transpose(1, 2)
-        k, v = windows.split([self.dim_k, self.dim_v], dim=-1)
-        return q.reshape(-1, heads, bs, bs, self.dim_k), k, v
+        kv = pad_pixels(kv, rows * b, columns * b, (self.halo, self.halo))
+        windows = cut_windows(kv, (w, w), b).view(-1, w * w, heads, self.dim_k + self.dim_v)
+        return q.reshape(-1, heads, bs, bs, self.dim_k), windows
+
+    def position(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the logits: a row term and a column term `[M, H, bs, bs, w]`."""
+        by_row, by_column = self.pos_embed(q)
+        if self.scale_pos_embed:
+            by_row, by_column = by_row * self.scale, by_column * self.scale
+        if self.mask_padding:
+            rows, columns = self.blocks(x)
+            # a key is padding if its row or its column is: the mask splits like the position term
+            by_row = (
+                by_row
+                + self.outside(rows, x.shape[2], q)
+                .repeat_interleave(columns, 0)
+                .repeat(x.shape[0], 1)[:, None, None, None]
+            )
+            by_column = (
+                by_column
+                + self.outside(columns, x.shape[3], q).repeat(x.shape[0] * rows, 1)[:, None, None, None]
+            )
+        return by_row, by_column
+
+    def outside(self, blocks: int, size: int, like: Tensor) -> Tensor:
+        """`[blocks, w]` along one axis: 0 on the map, -inf beyond its ends."""
+        at = torch.arange(self.window, device=like.device) - self.halo
+        at = at + self.block * torch.arange(blocks, device=like.device)[:, None]
+        return torch.zeros_like(at, dtype=like.dtype).masked_fill((at < 0) | (at >= size), float("-inf"))
 
     def blocks(self, x: Tensor) -> tuple[int, int]:
         # (n + b - 1) // b and not -(-n // b): integer division truncates in ONNX
         return (x.shape[2] + self.block - 1) // self.block, (x.shape[3] + self.block - 1) // self.block
 
     def fold(self, out: Tensor, x: Tensor) -> Tensor:
-        """`[M, H, bs*bs, dv]` -> `[B, H*dv, ceil(H/stride), ceil(W/stride)]`, in channels_last memory."""
+        """`[M, bs*bs, H, dv]` -> `[B, H*dv, ceil(H/stride), ceil(W/stride)]`, in channels_last memory."""
         rows, columns = self.blocks(x)
         bs, qs = self.queries, self.query_stride
-        out = out.transpose(1, 2).reshape(x.shape[0], rows, columns, bs, bs, self.num_heads * self.dim_v)
+        out = out.reshape(x.shape[0], rows, columns, bs, bs, self.num_heads * self.dim_v)
         out = out.transpose(2, 3).reshape(x.shape[0], rows * bs, columns * bs, self.num_heads * self.dim_v)
-        height, width = (x.shape[2] + qs - 1) // qs, (x.shape[3] + qs - 1) // qs
-        if not none(rows * bs - height, columns * bs - width):
-            # gathered, not sliced: an exporter would fix the sizes to know whether a slice is still dense
-            out = out.index_select(1, torch.arange(height, device=x.device))
-            out = out.index_select(2, torch.arange(width, device=x.device))
-        out = out.permute(0, 3, 1, 2)
+        out = crop_pixels(out, (x.shape[2] + qs - 1) // qs, (x.shape[3] + qs - 1) // qs).permute(0, 3, 1, 2)
         # cropped before the pooling: the last row of an odd map averages real positions only
         return F.avg_pool2d(out, 2, 2, ceil_mode=True) if self.pool else out
-
-    def padding_mask(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[M, w, w]`: 0 on the map, -inf on keys that are padding."""
-        rows, columns = self.blocks(x)
-        real = x.new_ones(1, x.shape[2], x.shape[3], 1)
-        real = pad_to(real, rows * self.block, columns * self.block, self.halo)[..., 0]
-        real = real.unfold(1, self.window, self.block).unfold(2, self.window, self.block)
-        real = real.reshape(1, -1, self.window, self.window).expand(x.shape[0], -1, -1, -1).flatten(0, 1)
-        return torch.zeros_like(real, dtype=dtype).masked_fill(real == 0, float("-inf"))
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """The steps of `forward`, written out: what the fused form never holds.
@@ -177,20 +261,17 @@ class HaloAttention(nn.Module):
         Returns `q_blocks` `[B*H, blocks, bs*bs, dk]`; `rel_logits` (before any scaling), `logits` and
         `attn` `[B*H, blocks, bs*bs, w*w]`, blocks row-major, key index u*w + v; `out` as `forward`.
         """
-        q, k, v = self.project(x)
-        by_row, by_column = self.pos_embed(q)
-        relative = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
-        q = q.flatten(2, 3)
-        logits = self.scale * q @ k.transpose(2, 3) + relative * (self.scale if self.scale_pos_embed else 1)
-        if self.mask_padding:
-            logits = logits + self.padding_mask(x, logits.dtype).flatten(1)[:, None, None]
+        q, windows = self.project(x)
+        k, v = windows.transpose(1, 2).split([self.dim_k, self.dim_v], dim=-1)
+        relative = outer_sum(*self.pos_embed(q))
+        logits = self.scale * q.flatten(2, 3) @ k.transpose(2, 3) + outer_sum(*self.position(q, x))
         attn = logits.softmax(-1)
 
         def by_head(t: Tensor) -> Tensor:
             return t.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
-        named = {"q_blocks": q, "rel_logits": relative, "logits": logits, "attn": attn}
-        return {n: by_head(t) for n, t in named.items()} | {"out": self.fold(attn @ v, x)}
+        named = {"q_blocks": q.flatten(2, 3), "rel_logits": relative, "logits": logits, "attn": attn}
+        return {n: by_head(t) for n, t in named.items()} | {"out": self.fold((attn @ v).transpose(1, 2), x)}
 
     def received(self, x: Tensor) -> Tensor:
         """Attention each pixel receives, `[B, H, W]`: summed over queries and windows, mean over heads."""
@@ -199,16 +280,3 @@ class HaloAttention(nn.Module):
         size = (rows * self.block + 2 * self.halo, columns * self.block + 2 * self.halo)
         pasted = F.fold(attn.transpose(1, 2), size, self.window, stride=self.block)[:, 0]
         return pasted[:, self.halo : self.halo + x.shape[2], self.halo : self.halo + x.shape[3]]
-
-
-def pad_to(pixels: Tensor, height: int, width: int, halo: int = 0) -> Tensor:
-    """`[B, H, W, C]` -> zeros below and to the right up to height x width, then `halo` on every side."""
-    below, right = height - pixels.shape[1], width - pixels.shape[2]
-    if halo == 0 and none(below, right):
-        return pixels
-    return F.pad(pixels, (0, 0, halo, halo + right, halo, halo + below))
-
-
-def none(below: int, right: int) -> bool:
-    """Whether there is certainly nothing to pad or crop. A tracer's sizes are no ints: it keeps the step."""
-    return isinstance(below, int) and isinstance(right, int) and below == right == 0
