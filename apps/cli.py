@@ -7,9 +7,9 @@ import logging
 import os
 import shlex
 import shutil
-import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from apps.messages import plain
 from polyhead import bundle
 from polyhead.callbacks import Curves, GeneratorState, LastCheckpoint
 from polyhead.data import DataModule
+from polyhead.encoders import without_weights
 from polyhead.errors import UserError
 from polyhead.files import write_text
 from polyhead.system import System
@@ -273,8 +274,11 @@ class PolyheadCLI(LightningCLI):
         write_text(self.output / name, text)
 
     def instantiate_classes(self) -> None:
+        # A network whose weights are loaded next needs no pretrained ones
+        loaded = self.saved is not None and (self.only != "fit" or self.resume_path is not None)
         try:
-            super().instantiate_classes()
+            with without_weights() if loaded else nullcontext():
+                super().instantiate_classes()
         except UserError:
             raise
         except Exception as error:

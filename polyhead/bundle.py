@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyhead.data import DataModule
+from polyhead.encoders import without_weights
 from polyhead.errors import UserError, nearest, reason
 from polyhead.safe import read_checkpoint
 from polyhead.system import System
@@ -148,8 +149,9 @@ def _build(recipe: dict[str, Any], base: type, what: str) -> Any:
 
 
 def build_model(recipe: dict[str, Any]) -> System:
-    """The System of a recipe (class_path and init_args). Raises UserError."""
-    return _build(recipe, System, "model")
+    """The System of a recipe (class_path and init_args), for weights to be loaded into. Raises UserError."""
+    with without_weights():
+        return _build(recipe, System, "model")
 
 
 def build_data(recipe: dict[str, Any]) -> DataModule:

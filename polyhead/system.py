@@ -42,13 +42,21 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(mean: Tensor, current: Tensor, count: Tensor) -> Tensor:
-            if not mean.is_floating_point():
-                return current
-            share = torch.clamp((1 + count) / (10 + count), max=decay).to(mean)
-            return share * mean + (1 - share) * current
+        super().__init__(multi_avg_fn=self._average)
+        self.decay, self._share = decay, 0.0
 
-        super().__init__(avg_fn=average)
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if step_idx is None:
+            return False
+        self._share = min(self.decay, (1 + step_idx) / (10 + step_idx))
+        return True
+
+    def _average(self, mean: Any, current: Any, count: Any) -> None:
+        # All tensors of a kind at once: one by one takes longer than a small network's step
+        if mean[0].is_floating_point():
+            torch._foreach_lerp_(mean, current, 1 - self._share)
+        else:
+            torch._foreach_copy_(mean, current)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
