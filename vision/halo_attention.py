@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from polyhead.errors import UserError
-from vision.windows import crop_pixels, cut_windows, pad_pixels, traced
+from vision.windows import attention_gradient, crop_pixels, cut_windows, pad_pixels, traced
 
 
 def round_channels(value: float, floor: float = 0.9) -> int:
@@ -93,9 +93,7 @@ class _Attend(torch.autograd.Function):
     """`attend_in_chunks` with its gradient, in float32 at least."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, windows: Tensor, by_row: Tensor, by_column: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, windows: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         out = attend_in_chunks(q, windows, by_row, by_column, scale)
         ctx.save_for_backward(q, windows, by_row, by_column, out)
@@ -110,19 +108,20 @@ class _Attend(torch.autograd.Function):
         grads = [torch.empty_like(t) for t in (q, windows, by_row, by_column)]
         with torch.autocast("cpu", enabled=False):
             for part in chunks(q, windows):
-                queries = q[part].to(wide).flatten(2, 3).flatten(0, 1)  # [m*H, bs*bs, dk]
                 kv = windows[part].to(wide).transpose(1, 2).flatten(0, 1)  # [m*H, w*w, dk + dv]
-                k, v = kv[..., :dk].contiguous(), kv[..., dk:].contiguous()
-                d_out = grad[part].to(wide).transpose(1, 2).flatten(0, 1)
-                bias = outer_sum(by_row[part].to(wide), by_column[part].to(wide)).flatten(0, 1)
-                p = torch.baddbmm(bias, queries, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
-                row_sum = (d_out * out[part].to(wide).transpose(1, 2).flatten(0, 1)).sum(-1, keepdim=True)
-                d_logits = torch.baddbmm(row_sum, d_out, v.transpose(1, 2), beta=-1).mul_(p)
-                d_kv = torch.cat(
-                    [d_logits.transpose(1, 2) @ (ctx.scale * queries), p.transpose(1, 2) @ d_out], 2
+                d_q, d_k, d_v, d_logits = attention_gradient(
+                    q[part].to(wide).flatten(2, 3).flatten(0, 1),
+                    kv[..., :dk].contiguous(),
+                    kv[..., dk:].contiguous(),
+                    outer_sum(by_row[part].to(wide), by_column[part].to(wide)).flatten(0, 1),
+                    out[part].to(wide).transpose(1, 2).flatten(0, 1),
+                    grad[part].to(wide).transpose(1, 2).flatten(0, 1),
+                    ctx.scale,
                 )
-                grads[0][part] = (ctx.scale * d_logits @ k).view(q[part].shape)
-                grads[1][part] = d_kv.view(-1, q.shape[1], *d_kv.shape[1:]).transpose(1, 2)
+                grads[0][part] = d_q.view(q[part].shape)
+                d_windows = grads[1][part]
+                d_windows[..., :dk] = d_k.unflatten(0, (-1, q.shape[1])).transpose(1, 2)
+                d_windows[..., dk:] = d_v.unflatten(0, (-1, q.shape[1])).transpose(1, 2)
                 square = d_logits.view(*by_row[part].shape[:4], window, window)
                 grads[2][part] = square.sum(-1)
                 grads[3][part] = square.sum(-2)
@@ -230,8 +229,7 @@ class HaloAttention(nn.Module):
                 .repeat(x.shape[0], 1)[:, None, None, None]
             )
             by_column = (
-                by_column
-                + self.outside(columns, x.shape[3], q).repeat(x.shape[0] * rows, 1)[:, None, None, None]
+                by_column + self.outside(columns, x.shape[3], q).repeat(x.shape[0] * rows, 1)[:, None, None, None]
             )
         return by_row, by_column
 

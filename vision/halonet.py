@@ -185,6 +185,8 @@ class HaloNet(nn.Module):
         UserError: sides or channels that the network cannot take.
     """
 
+    dynamic_size = True
+
     def __init__(
         self,
         stages: Sequence[Sequence[Mapping[str, Any]]],

@@ -64,17 +64,30 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        batch, height, width, channels = ctx.shape
-        n, m, wy, wx = grad.shape[1:5]
-        b = ctx.step
-        over_y, over_x = (wy - 1) // b, (wx - 1) // b  # further blocks that a window reaches into
-        out = grad.new_zeros(batch, n + over_y, b, m + over_x, b, channels)
-        for y in range(over_y + 1):
-            for x in range(over_x + 1):
-                piece = grad[:, :, :, y * b : (y + 1) * b, x * b : (x + 1) * b].transpose(2, 3)
-                out[:, y : y + n, : piece.shape[2], x : x + m, : piece.shape[4]] += piece
-        out = out.view(batch, (n + over_y) * b, (m + over_x) * b, channels)[:, :height, :width]
-        # pixels beyond the last window have no gradient
-        missing = (height - out.shape[1], width - out.shape[2])
-        return F.pad(out, (0, 0, 0, missing[1], 0, missing[0])) if any(missing) else out, None, None
+        return add_windows(grads[0], ctx.shape[1:3], ctx.step), None, None
+
+
+def add_windows(windows: Tensor, size: Pair, step: int) -> Tensor:
+    """The transpose of `cut_windows`: `[B, n, m, wy, wx, C]` summed into `[B, H, W, C]` of that size."""
+    batch, n, m, wy, wx, channels = windows.shape
+    over_y, over_x = (wy - 1) // step, (wx - 1) // step  # further blocks that a window reaches into
+    out = windows.new_zeros(batch, n + over_y, step, m + over_x, step, channels)
+    for y in range(over_y + 1):
+        for x in range(over_x + 1):
+            piece = windows[:, :, :, y * step : (y + 1) * step, x * step : (x + 1) * step].transpose(2, 3)
+            out[:, y : y + n, : piece.shape[2], x : x + m, : piece.shape[4]] += piece
+    out = out.view(batch, (n + over_y) * step, (m + over_x) * step, channels)[:, : size[0], : size[1]]
+    # pixels beyond the last window have no share
+    below, right = size[0] - out.shape[1], size[1] - out.shape[2]
+    return F.pad(out, (0, 0, 0, right, 0, below)) if below or right else out
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of softmax(scale * q k^T + bias) v for q, k, v and the logits, all of them `[M, ., .]`."""
+    p = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    share = (grad * out).sum(-1, keepdim=True)
+    d_logits = torch.baddbmm(share, grad, v.transpose(1, 2), beta=-1).mul_(p)
+    scaled = scale * q
+    return scale * (d_logits @ k), d_logits.transpose(1, 2) @ scaled, p.transpose(1, 2) @ grad, d_logits
