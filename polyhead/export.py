@@ -231,11 +231,57 @@ class quiet:
         self._warnings.__exit__(*exception)
 
 
-def export(system: System, path: Path, format: Format) -> float:
+def _verify(exported: Exported, system: System, signature: Signature, format: str) -> float:
+    """The largest difference from the eager model, on sizes that were not traced. Raises UserError."""
+    largest = 0.0
+    for inputs in _batches(signature):
+        with torch.inference_mode():
+            expected = _numpy(system.outputs(**inputs))
+        try:
+            gap = difference(exported.run(_numpy(inputs)), expected)
+        except Exception as error:
+            sizes = {k: list(v.shape) for k, v in inputs.items()}
+            raise UserError(f"the {format} export fails on inputs of {sizes}: {reason(error)[:200]}") from error
+        largest = max(largest, gap)
+    if largest > signature.tolerance:
+        raise UserError(
+            f"the {format} export differs from the model by {largest:.3g}, more than {signature.tolerance:g}; "
+            "no file was written"
+        )
+    return largest
+
+
+def _meta(system: System, signature: Signature) -> str:
+    """What travels in the file: names, shapes, preprocessing, and an input with its output."""
+    with torch.inference_mode():
+        golden = _numpy(system.outputs(**signature.inputs))
+    shapes = {
+        k: ["batch", *[signature.dynamic.get(k, {}).get(i, v.shape[i]) for i in range(1, v.ndim)]]
+        for k, v in signature.inputs.items()
+    }
+    meta = {
+        "polyhead": polyhead.__version__,
+        "system": system.recipe.get("class_path", type(system).__name__),
+        "inputs": list(signature.inputs),
+        "outputs": signature.outputs,
+        "shapes": shapes,
+        "dtypes": {k: str(v.dtype).removeprefix("torch.") for k, v in signature.inputs.items()},
+        "facts": system.facts,
+        "columns": signature.columns,
+        "data": system.data_recipe,
+        "tolerance": signature.tolerance,
+        "golden": {"inputs": _pack(_numpy(signature.inputs)), "outputs": _pack(golden)},
+    }
+    return json.dumps(meta)
+
+
+def export(system: System, path: Path, format: Format) -> tuple[float, bool]:
     """Write `system` to `path`, after comparing it with the eager model on sizes that were not traced.
 
+    Where the format cannot vary the sizes that the model can, the file takes the model's own size.
+
     Returns:
-        The largest difference from the eager model.
+        The largest difference from the eager model, and whether sizes beside the batch vary.
 
     Raises:
         UserError: the model does not export, or differs by more than its tolerance; no file is left.
@@ -243,44 +289,19 @@ def export(system: System, path: Path, format: Format) -> float:
     system = system.eval().cpu()
     signature = system.signature()
     deployed = system.deployed().eval()
-    with torch.inference_mode():
-        golden = _numpy(system.outputs(**signature.inputs))
-    meta = {
-        "polyhead": polyhead.__version__,
-        "system": system.recipe.get("class_path", type(system).__name__),
-        "inputs": list(signature.inputs),
-        "outputs": signature.outputs,
-        "shapes": {k: ["batch", *[signature.dynamic.get(k, {}).get(i, v.shape[i]) for i in range(1, v.ndim)]]
-                   for k, v in signature.inputs.items()},
-        "dtypes": {k: str(v.dtype).removeprefix("torch.") for k, v in signature.inputs.items()},
-        "facts": system.facts,
-        "columns": signature.columns,
-        "data": system.data_recipe,
-        "tolerance": signature.tolerance,
-        "golden": {"inputs": _pack(_numpy(signature.inputs)), "outputs": _pack(golden)},
-    }  # fmt: skip
-    largest = 0.0
+    try:
+        return _export(system, deployed, signature, path, format), bool(signature.dynamic)
+    except UserError:
+        if not signature.native:
+            raise
+    return _export(system, deployed, signature.fixed(), path, format), False
+
+
+def _export(system: System, deployed: System, signature: Signature, path: Path, format: Format) -> float:
     with atomic_write(path) as temporary:
         try:
             with quiet(), torch.no_grad():
-                WRITERS[format](Graph(deployed, signature), signature, json.dumps(meta), temporary)
-        except UserError:
-            raise
+                WRITERS[format](Graph(deployed, signature), signature, _meta(system, signature), temporary)
         except Exception as error:
             raise UserError(f"{type(system).__name__} does not export to {format}: {reason(error)[:300]}") from error
-        exported = Exported(temporary)
-        for inputs in _batches(signature):
-            with torch.inference_mode():
-                expected = _numpy(system.outputs(**inputs))
-            try:
-                gap = difference(exported.run(_numpy(inputs)), expected)
-            except Exception as error:
-                sizes = {k: list(v.shape) for k, v in inputs.items()}
-                raise UserError(f"the {format} export fails on inputs of {sizes}: {reason(error)[:200]}") from error
-            largest = max(largest, gap)
-        if largest > signature.tolerance:
-            raise UserError(
-                f"the {format} export differs from the model by {largest:.3g}, more than {signature.tolerance:g}; "
-                "no file was written"
-            )
-    return largest
+        return _verify(Exported(temporary), system, signature, format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Signature:
         checks: further example inputs of other sizes, on which an export is compared with the eager model.
         columns: how outputs become prediction columns: a name in `polyhead.columns` and its arguments.
         tolerance: the largest allowed difference between an export and the eager model.
+        native: an example of the sizes to fix where a format cannot vary them as `checks` ask.
     """
 
     inputs: dict[str, Tensor]
@@ -33,6 +34,11 @@ class Signature:
     checks: list[dict[str, Tensor]] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
+    native: dict[str, Tensor] = field(default_factory=dict)
+
+    def fixed(self) -> Signature:
+        """The same with its native sizes, of which only the batch varies."""
+        return replace(self, inputs=self.native, dynamic={}, checks=[])
 
 
 class EMA(WeightAveraging):

@@ -244,9 +244,10 @@ class PolyheadTrainer(Trainer):
         from polyhead.export import SUFFIX, export
 
         path = self.folder / f"model{SUFFIX[format]}"
-        largest = export(model, path, format)
-        size = path.stat().st_size / 1e6
-        say(f"{path}: {size:.1f} MB, largest difference from the model {largest:.2g}")
+        largest, varies = export(model, path, format)
+        sizes = "any batch and size" if varies else "any batch"
+        megabytes = path.stat().st_size / 1e6
+        say(f"{path}: {megabytes:.1f} MB, {sizes}, largest difference from the model {largest:.2g}")
         if format == "onnx":
             say(f"next: polyhead predict --ckpt_path {path} --data.root DIR")
 

@@ -1,4 +1,4 @@
-"""`python -m tests.oldest`: the oldest versions that pyproject.toml allows, as a constraints file."""
+"""`python -m tests.oldest`: the oldest series that pyproject.toml allows, as a constraints file."""
 
 import re
 import tomllib
@@ -9,4 +9,4 @@ groups = [project["dependencies"], *project["optional-dependencies"].values()]
 for requirement in sorted({r for group in groups for r in group}):
     found = re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", requirement)
     if found:
-        print(f"{found[1]}=={found[2]}")
+        print(f"{found[1]}=={found[2]}.*")

@@ -179,6 +179,8 @@ class SHViT(nn.Module):
             forward pass, an image of another shape or number of channels.
     """
 
+    dynamic_size = True  # exports take any height and width
+
     def __init__(
         self,
         in_chans: int = 3,

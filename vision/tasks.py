@@ -21,6 +21,9 @@ from vision.backbones import create_backbone, normalisation
 from vision.explain import class_maps, heat_picture
 
 
+OUTPUTS = ["logits", "probabilities"]
+
+
 def example_images(batch: int, height: int, width: int) -> Tensor:
     """Smooth, deterministic pictures, uint8 `[B, 3, H, W]`, that compress well and exercise all grey levels."""
     y = torch.linspace(0, 3, height)[:, None]
@@ -133,14 +136,17 @@ class ImageClassifier(System):
 
     def signature(self) -> Signature:
         size = self.image_size
-        dynamic = {2: "height", 3: "width"} if getattr(self.network, "dynamic_size", False) else {}
-        checks = [{"image": example_images(3, size + 32, size + 64)}] if dynamic else []
+        if not getattr(self.network, "dynamic_size", False):
+            return Signature({"image": example_images(2, size, size)}, OUTPUTS, columns=self._columns())
+        # Traced on a map that is nowhere one pixel high or wide, which tracers would take for a constant
+        high = max(size, 160)
         return Signature(
-            inputs={"image": example_images(2, size, size)},
-            outputs=["logits", "probabilities"],
-            dynamic={"image": dynamic} if dynamic else {},
-            checks=checks,
+            inputs={"image": example_images(2, high, high + 64)},
+            outputs=OUTPUTS,
+            dynamic={"image": {2: "height", 3: "width"}},
+            checks=[{"image": example_images(n, s, s)} for n, s in ((1, size), (3, size), (2, size + 32))],
             columns=self._columns(),
+            native={"image": example_images(2, size, size)},
         )
 
     def input_names(self) -> list[str]:
