@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import shlex
 import shutil
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from apps import recipes
-from apps.messages import plain
+from apps.messages import Call, Complaint, class_keys, ignored, option_name, parameters, plain
 from polyhead import bundle
 from polyhead.callbacks import Curves, GeneratorState, LastCheckpoint
 from polyhead.data import DataModule
@@ -43,6 +44,12 @@ RESULTS = {
     "export": [],
 }
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+# What each subcommand must find in the data before anything is written
+STAGES = {"fit": "fit", "validate": "validate", "test": "test", "predict": "predict", "explain": "predict"}
+# Options that something else decides
+DECIDED = {"model.facts": "the data", "data.seed": "--seed_everything", "trainer.logger.save_dir": "--output"}
+# Keys that say what one call does: read before any file is parsed
+CALL_KEYS = ("ckpt_path", "output", "resume")
 
 
 class Parser(LightningArgumentParser):
@@ -55,13 +62,17 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        raise plain(message, ex)
+        raise Complaint(message) from ex
 
 
 def _first_pass(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options that must be known before parsing, and all others as they are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))  # type: ignore[method-assign]
+
+    def error(message: str) -> NoReturn:
+        raise plain(message, call=Call(words=arguments))
+
+    parser.error = error  # type: ignore[method-assign]
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--output")
     parser.add_argument("--ckpt_path")
@@ -84,18 +95,24 @@ class PolyheadCLI(LightningCLI):
         self.given, self.rest = _first_pass(arguments)
         self.saved: bundle.Saved | None = None
         self.resume_path: Path | None = None
-        super().__init__(
-            System,
-            DataModule,
-            trainer_class=PolyheadTrainer,
-            parser_class=Parser,
-            parser_kwargs={subcommand: {"default_config_files": [str(TRAINER)]}},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            args=[subcommand, *arguments],
-        )
+        # What this call has made so far, to be taken back if it fails before there is a result
+        self.made: list[Path] = []
+        try:
+            super().__init__(
+                System,
+                DataModule,
+                trainer_class=PolyheadTrainer,
+                parser_class=Parser,
+                parser_kwargs={subcommand: {"default_config_files": [str(TRAINER)]}},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                args=[subcommand, *arguments],
+            )
+        except BaseException:
+            self._take_back()
+            raise
 
     # Parser
 
@@ -134,24 +151,23 @@ class PolyheadCLI(LightningCLI):
         given = self.given
         if any(a in ("-h", "--help") or a.endswith(".help") or a.startswith("--model.help") for a in self.rest):
             parser.parse_args([self.only, *self.rest])
-        self._find_model()
         configs = [recipes.find(c) for c in given.config]
+        self.call = Call(self.only, self.words, configs, self._options, self._owners)
+        for config in configs:
+            self._check_config(config)
+        self._refuse_ignored()
+        self._find_model()
         own = Path(given.output or ".") / "config.yaml"
         if self.resume_path is not None and not configs and given.output and own.is_file():
             configs = [own]
         self.output = Path(given.output) if given.output else self._default_output(configs)
         if self.saved is not None:
-            self._parser(self.only).set_defaults(self._defaults(self.saved))
+            self._take_defaults(self.saved)
+        elif self.only != "fit":
+            hint = "MODEL: a checkpoint, a bundle, a shipped model (`polyhead models`), or best/last with --output DIR"
+            raise UserError(f"{self.only} needs trained weights: --ckpt_path MODEL", [hint])
         elif not configs and not any(a.startswith("--model") for a in self.rest):
-            wanted = "--config RECIPE" if self.only == "fit" else "--ckpt_path MODEL"
-            raise UserError(
-                f"{self.only} needs {wanted}", [f"shipped recipes: {', '.join(recipes.names())}"]
-            )
-        if self.saved is None and self.only not in ("fit",):
-            raise UserError(
-                f"{self.only} needs trained weights: --ckpt_path MODEL",
-                ["a checkpoint, a bundle, a shipped model (`polyhead models`), or best/last with --output DIR"],
-            )
+            raise UserError("fit needs --config RECIPE", [f"shipped recipes: {', '.join(recipes.names())}"])
         arguments = [self.only]
         for config in configs:
             arguments += ["--config", str(config)]
@@ -162,9 +178,65 @@ class PolyheadCLI(LightningCLI):
         for flag in FLAGS:
             if getattr(given, flag) is not None:
                 arguments += [f"--{flag}={getattr(given, flag)}"]
-        self.config = parser.parse_args(arguments)
-        if self.config[self.only].get("ckpt_path"):
-            raise UserError("ckpt_path stands in a config file: give it as --ckpt_path on the command line")
+        try:
+            self.config = parser.parse_args(arguments)
+        except Complaint as complaint:
+            raise plain(str(complaint), complaint.__cause__, self.call) from complaint
+        if self.saved is not None:
+            self._same_class(self.saved)
+
+    def _options(self) -> list[str]:
+        """Every option of this subcommand, without dashes, and the arguments of the classes that recipes name."""
+        names = list(self._parser(self.only).get_defaults(skip_validation=True).keys())
+        found: dict[str, str] = {}
+        for content in [recipes.read(path) for path in self.call.configs]:
+            found |= class_keys({k: v for k, v in content.items() if k in ("model", "data")})
+        names += [f"{key}.{argument}" for key, path in found.items() for argument in parameters(path)]
+        return [n for n in names if not n.endswith(("class_path", "init_args"))] + ["model", "data", "config"]
+
+    @staticmethod
+    def _owners(name: str) -> list[str]:
+        """The subcommands that have an option of this name."""
+        signatures = {s: inspect.signature(getattr(PolyheadTrainer, s)).parameters for s in RESULTS}
+        return [s for s, parameters in signatures.items() if name in parameters]
+
+    def _check_config(self, path: Path) -> None:
+        content = recipes.read(path)
+        for key in CALL_KEYS:
+            if key in content:
+                where = f"{path}, line {recipes.line_of(path, key)}"
+                raise UserError(f"{where}: {key} is no key of a recipe: give it as --{key} on the command line")
+
+    def _refuse_ignored(self) -> None:
+        """Options that parse and then have no effect."""
+        for name in filter(None, map(option_name, self.words)):
+            if name in DECIDED:
+                raise ignored(f"--{name}", DECIDED[name])
+        if self._flag("resume") and self._flag("overwrite"):
+            raise UserError("--resume keeps what --output holds and --overwrite replaces it: give one of them")
+        if self._flag("resume") and not self.given.output:
+            raise UserError("--resume goes on in --output DIR, which is not given")
+        if self.given.init_from and (self.given.ckpt_path or self._flag("resume")):
+            other = "--ckpt_path" if self.given.ckpt_path else "--resume"
+            raise UserError(f"{other} restores the weights that --init_from would set: give one of them")
+
+    def _take_defaults(self, saved: bundle.Saved) -> None:
+        """A model's settings become the defaults of this call."""
+        try:
+            self._parser(self.only).set_defaults(self._defaults(saved))
+        except (KeyError, TypeError, ValueError, argparse.ArgumentError) as error:
+            why = plain(str(error), error).message
+            raise UserError(f"the settings in {saved.path} do not fit this version: {why}") from error
+
+    def _same_class(self, saved: bundle.Saved) -> None:
+        """Refuse a checkpoint of another system, before its weights are compared one by one."""
+        wanted = self.config[self.only].model.class_path
+        found = saved.model.get("class_path")
+        if wanted.rpartition(".")[2] != str(found).rpartition(".")[2]:
+            raise UserError(
+                f"{saved.path} holds a {found}, and {self.call.where('model')} names a {wanted}",
+                ["leave --config and --model out to use its own settings"],
+            )
 
     def _flag(self, name: str) -> bool:
         return str(getattr(self.given, name)).lower() == "true"
@@ -173,16 +245,18 @@ class PolyheadCLI(LightningCLI):
         """Read what --ckpt_path, --resume or --init_from name; their settings become the defaults."""
         given = self.given
         name = given.ckpt_path
+        own = name in ("last", "best") and not Path(name).exists()
         if self.only == "fit" and self._flag("resume"):
             if name not in (None, "last"):
                 raise UserError("--resume continues from last.ckpt of --output: leave --ckpt_path out")
-            name = "last"
-        if name in ("last", "best") and not Path(name).exists():
+            name, own = "last", True
+        if own:
             if not given.output:
                 raise UserError(f"--ckpt_path {name} means a checkpoint of --output DIR, which is not given")
             path = Path(given.output) / "checkpoints" / f"{name}.ckpt"
             if not path.is_file():
-                raise UserError(f"nothing to continue from: there is no {path}")
+                what = "nothing to continue from" if self.only == "fit" else f"no {name} checkpoint"
+                raise UserError(f"{what}: there is no {path}")
             name = str(path)
         if self.only == "fit":
             if name is not None:
@@ -244,34 +318,74 @@ class PolyheadCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.only]
         self.recipe = self._recipe()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if self._first:
             self._claim(config)
         if self.resume_path is not None:
             config.ckpt_path = str(self.resume_path)
+
+    @property
+    def _first(self) -> bool:
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def _recipe(self) -> dict[str, Any]:
         text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
         everything = yaml.safe_load(text)[self.only]
         return {k: everything[k] for k in RECIPE_KEYS if k in everything}
 
-    def _claim(self, config: Namespace) -> None:
-        """Refuse a folder that holds this subcommand's results, unless told what to do with them."""
-        results = [self.output / name for name in RESULTS[self.only]]
+    def _results(self) -> list[Path]:
+        """What is there of this subcommand's results."""
+        names = RESULTS[self.only]
         if self.only == "export":
-            results = [self.output / f"model{SUFFIX[config.format]}"]
-        there = [path for path in results if path.exists()]
+            names = [f"model{SUFFIX[self.config[self.only].format]}"]
+        return [path for path in (self.output / name for name in names) if path.exists()]
+
+    def _claim(self, config: Namespace) -> None:
+        """Refuse a folder that holds this subcommand's results, unless told what to do with them; make it."""
+        there = self._results()
         if there and config.get("overwrite"):
-            for path in there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._spare([Path(n) for n in (self.given.ckpt_path, self.given.init_from) if n], there)
         elif there and not self._flag("resume") and self.resume_path is None:
             choices = "--resume or --overwrite" if self.only in ("fit", "predict") else "--overwrite"
             raise UserError(
                 f"{self.output} already holds results of {self.only} ({there[0].name})",
                 [f"add {choices}, or choose another --output"],
             )
-        text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
-        name = "config.yaml" if self.only == "fit" else f"config_{self.only}.yaml"
-        write_text(self.output / name, text)
+        new = [path for path in (self.output, *self.output.parents) if not path.exists()]
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"--output {self.output} is a file: a folder is needed") from None
+        except OSError as error:
+            raise UserError(f"cannot make the folder --output {self.output}: {error.strerror}") from error
+        self.made += new
+
+    def _spare(self, needed: list[Path], there: list[Path]) -> None:
+        for path in needed:
+            if any(path.resolve().is_relative_to(old.resolve()) for old in there):
+                raise UserError(f"--overwrite would delete {path}, which this call reads: choose another --output")
+
+    def _open(self) -> None:
+        """With model and data in order: old results go, and the settings of this call are written."""
+        if self.config[self.only].get("overwrite"):
+            for path in self._results():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path = self.output / ("config.yaml" if self.only == "fit" else f"config_{self.only}.yaml")
+        if not path.exists():
+            self.made.insert(0, path)
+        write_text(path, yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True))
+
+    def _take_back(self) -> None:
+        """Leave nothing of a call that came to nothing: neither its settings nor a folder it made."""
+        if not self.made:
+            return
+        results = [path for path in self._results() if path not in self.made]
+        for path in results:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        if not any(path.exists() for path in results):
+            for path in self.made:
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
 
     def instantiate_classes(self) -> None:
         # A network whose weights are loaded next needs no pretrained ones
@@ -293,8 +407,15 @@ class PolyheadCLI(LightningCLI):
         trainer: Any = self.trainer
         trainer.command = "polyhead " + shlex.join([self.only, *self.words])
         trainer.config_text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
-        if self.saved is not None and self.only != "fit" and self.saved.state:
+        if self.saved is not None and self.saved.state and (self.only != "fit" or self.resume_path is not None):
             bundle.load_weights(model, self.saved)
+        if self.given.init_from:
+            trainer.start_from(model, self.given.init_from)
+            self.config_init[self.only].init_from = None
+        if self.only in STAGES:
+            data.setup(STAGES[self.only])
+        if self._first:
+            self._open()
 
 
 def _with(recipe: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,7 @@ class PolyheadTrainer(Trainer):
             overwrite: replace the results of an earlier fit in --output.
         """
         if init_from is not None:
-            new = bundle.init_weights(model, bundle.read(init_from))
-            say(f"started from {init_from}" + (f"; new: {', '.join(new[:4])}" if new else ""))
+            self.start_from(model, init_from)
         if datamodule is None:
             super().fit(model, train_dataloaders, val_dataloaders, None, ckpt_path)
             return
@@ -91,6 +90,12 @@ class PolyheadTrainer(Trainer):
             say(f"{datamodule.skipped} samples could not be read and were left out")
         say(f"report: {report}")
         say(f"next: polyhead test --output {self.folder} --ckpt_path best")
+
+    def start_from(self, model: System, name: str) -> None:
+        """Take the weights of a checkpoint, a bundle or a shipped model. Raises UserError when they do not fit."""
+        new = bundle.init_weights(model, bundle.read(name))
+        if self.is_global_zero:
+            say(f"started from {name}" + (f"; new: {', '.join(new[:4])}" if new else ""))
 
     def _best(self) -> Path | None:
         for callback in self.checkpoint_callbacks:

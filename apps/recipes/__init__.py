@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from polyhead.errors import UserError, nearest
 
@@ -27,6 +30,41 @@ def find(name: str) -> Path:
     near = nearest(name, known) or [short[n] for n in nearest(name.rsplit("/", 1)[-1], short)]
     hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
     raise UserError(f"no recipe or file {name!r} for --config", [hint])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a recipe. Raises UserError with the line where it is no YAML mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: it is not text in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        what = {"NoneType": "nothing", "str": "text"}.get(type(content).__name__, f"a {type(content).__name__}")
+        raise UserError(f"{path} is no recipe: it holds {what}, not keys such as model and data")
+    return content
+
+
+def line_of(path: Path, key: str) -> int | None:
+    """The line of a dotted key such as `model.lr`, `init_args` left out; None where the file lacks it."""
+    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line = None
+    for name in key.split("."):
+        pairs: list[Any] = []
+        while isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == name]
+            inner = [v for k, v in node.value if k.value == "init_args"]
+            if pairs or not inner:
+                break
+            node = inner[0]
+        if not pairs:
+            return None
+        line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+    return line
 
 
 def title(name: str | Path) -> str:
