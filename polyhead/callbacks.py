@@ -61,7 +61,7 @@ class Curves(Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """`last.ckpt`, replaced whole, every n steps and at the end of every epoch.
+    """`last.ckpt`, replaced whole, every n steps and at the end of every epoch (or every few).
 
     Never on an epoch's last batch: Lightning would take such a checkpoint for a finished epoch whose end
     has run and skip the next one on resume.
@@ -69,11 +69,12 @@ class LastCheckpoint(Checkpoint):
     Args:
         dirpath: the folder of checkpoints.
         every_n_steps: optimiser steps between checkpoints inside an epoch.
+        every_n_epochs: epochs between checkpoints at an epoch's end; the last epoch always has one.
     """
 
-    def __init__(self, dirpath: str = ".", every_n_steps: int = 200) -> None:
+    def __init__(self, dirpath: str = ".", every_n_steps: int = 200, every_n_epochs: int = 1) -> None:
         self.path = Path(dirpath) / "last.ckpt"
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self._saved_at = -1
 
     def _save(self, trainer: Trainer) -> None:
@@ -93,7 +94,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs or trainer.should_stop:
+            self._save(trainer)
 
 
 def generator_state() -> dict[str, Any]:
