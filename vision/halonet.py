@@ -334,7 +334,7 @@ class HaloNet(nn.Module):
 
     def to_deploy(self) -> HaloNet:
         """A copy for inference and export: BatchNorm folded into the convolutions, channels_last, eval."""
-        model = copy.deepcopy(self).eval()
+        model = copy.deepcopy(self).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, ConvNormAct):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
@@ -357,9 +357,7 @@ def paper(b: int, h: int, rv: float, rb: float, l3: int, final: int = 0) -> dict
     for g, depth in enumerate((3, 3, l3, 3)):
         base = 64 * 2**g
         own = dict(block_size=b, halo_size=h, num_heads=4 if g == 0 else 8, qk_ratio=1 / rv)
-        stages.append(
-            stage("S" * depth, int(base * rb), 1 + (g > 0), 1 / rb, v_ratio=rv, self_attn_kwargs=own)
-        )
+        stages.append(stage("S" * depth, int(base * rb), 1 + (g > 0), 1 / rb, v_ratio=rv, self_attn_kwargs=own))
     return dict(stages=stages, stem_type="7x7", num_features=final)
 
 

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
 from vision.common import check_images, pick_variant
+from vision.inference import by_images, pack_linears
 from vision.spectformer_layers import Attention, Backbone, ClassAttention, Mlp, Size, drop, pair
 from vision.spectral_gate import SpectralGate
 from vision.token_label import Box, mix, random_box
@@ -191,8 +192,10 @@ class VanillaSpectFormer(Backbone):
         return resized
 
     def to_deploy(self) -> VanillaSpectFormer:
-        """A copy for inference and export, in eval mode; gates choose the faster form by their grid."""
-        return copy.deepcopy(self).eval()
+        """A copy for inference and export, in eval mode: linear layers packed, gates in their faster form."""
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        pack_linears(model)
+        return model
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -256,7 +259,10 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
+        def images(x: Tensor) -> Tensor:
+            return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
+
+        return by_images(images, x, x.shape[1] * self.fc1.out_features)
 
 
 class StageBlock(nn.Module):
@@ -338,8 +344,7 @@ class HierarchicalSpectFormer(Backbone):
             cin, hidden = (embed_dims[stage - 1], 0) if stage else (in_chans, stem_hidden_dim)
             heads = num_heads[stage] if stage >= 2 else 0
             blocks = [
-                StageBlock(dim, int(dim * mlp_ratios[stage]), grid, heads, rates.pop(0))
-                for _ in range(depths[stage])
+                StageBlock(dim, int(dim * mlp_ratios[stage]), grid, heads, rates.pop(0)) for _ in range(depths[stage])
             ]
             self.add_module(f"patch_embed{stage + 1}", Downsample(cin, dim, hidden))
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
@@ -448,8 +453,9 @@ class HierarchicalSpectFormer(Backbone):
                 block.attn.set_grid(grid, method)
 
     def to_deploy(self) -> HierarchicalSpectFormer:
-        """A copy for inference and export: the stem's BatchNorm folded, channels_last, q and kv joined."""
-        model = copy.deepcopy(self).eval()
+        """A copy for inference and export: the stem's BatchNorm folded, channels_last, q and kv joined,
+        linear layers packed."""
+        model = copy.deepcopy(self).eval().requires_grad_(False)
         stem: Any = model.stage(1)[0].conv
         for n in (0, 3, 6):
             stem[n] = fuse_conv_bn_eval(stem[n], stem[n + 1])
@@ -457,6 +463,7 @@ class HierarchicalSpectFormer(Backbone):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.join()
+        pack_linears(model)
         return model.to(memory_format=torch.channels_last)
 
 

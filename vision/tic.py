@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
 from vision.common import check_images, pick_variant
+from vision.inference import by_images, pack_linears
 from vision.window_attention import attend_simply, centred, window_attention
 from vision.windows import Pair, crop_pixels
 
@@ -29,6 +30,20 @@ DIRECTIONS = ((0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of the cyclic shift
 
 def pair(size: int | Sequence[int]) -> Pair:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def rolled(x: Tensor, down: Any, right: Any) -> Tensor:
+    """`[B, H, W, C]` rolled along H and W; a shift may exceed the map."""
+    if isinstance(down, int):
+        return x.roll((down, right), (1, 2))
+    # the ONNX exporter has neither a roll nor a remainder by a dynamic number; such a shift is no longer
+    # than the side
+    for axis, shift in ((1, down), (2, right)):
+        size = x.shape[axis]
+        at = torch.arange(size, device=x.device) - shift
+        at = torch.where(at < 0, at + size, at)
+        x = x.index_select(axis, torch.where(at >= size, at - size, at))
+    return x
 
 
 class MSAConvAttention(nn.Module):
@@ -110,7 +125,7 @@ class MSAConvAttention(nn.Module):
         parts = []
         for number, head in enumerate(x.chunk(self.heads, dim=-1)):
             down, right = DIRECTIONS[(number + self.index) % len(DIRECTIONS)]
-            parts.append(head.roll((down * step, right * step), (1, 2)) if down else head)
+            parts.append(rolled(head, down * step, right * step) if down else head)
         return torch.cat(parts, dim=-1) if self.heads > 1 else parts[0]
 
     def inter(self, x: Tensor) -> Tensor:
@@ -186,10 +201,12 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.act: nn.Module = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        numbers = x.shape[1] * x.shape[2] * self.fc1.out_features
+        return by_images(lambda x: self.fc2(self.act(self.fc1(x))), x, numbers)
 
 
 class Block(nn.Module):
@@ -359,14 +376,15 @@ class TiC(nn.Module):
         return found
 
     def to_deploy(self) -> TiC:
-        """A copy for inference and export: BatchNorm folded into the convolutions, channels_last, eval."""
-        model = copy.deepcopy(self).eval()
+        """A copy for inference and export, in eval mode: BatchNorm folded, channels_last, linear layers packed."""
+        model = copy.deepcopy(self).eval().requires_grad_(False)
         for stage in model.stages:
             down: Any = stage.down
             for n, layer in enumerate(down):
                 if isinstance(layer, nn.BatchNorm2d):
                     down[n - 1] = fuse_conv_bn_eval(down[n - 1], layer)
                     down[n] = nn.Identity()
+        pack_linears(model)
         return model.to(memory_format=torch.channels_last)
 
 
