@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from apps import recipes
 from apps.messages import Call, Complaint, class_keys, ignored, option_name, parameters, plain
@@ -261,7 +262,7 @@ class PolyheadCLI(LightningCLI):
         if self.only == "fit":
             if name is not None:
                 path = bundle.find(name)
-                if path.is_dir() or path.suffix == ".onnx":
+                if path.is_dir() or path.suffix in SUFFIX.values():
                     raise UserError(
                         f"fit --ckpt_path continues a training and needs a Lightning checkpoint, not {name}",
                         [f"--init_from {name} starts a new training from its weights"],
@@ -269,7 +270,7 @@ class PolyheadCLI(LightningCLI):
                 self.saved, self.resume_path = bundle.read(name), path
             elif given.init_from and not given.config:
                 self.saved = self._without_facts(bundle.read(given.init_from))
-        elif name is not None and Path(name).suffix == ".onnx":
+        elif name is not None and Path(name).suffix in SUFFIX.values():
             if self.only != "predict":
                 raise UserError(f"{self.only} needs a checkpoint or a bundle; an exported file can only predict")
             self.saved = self._exported(name)
@@ -434,24 +435,30 @@ def _hush() -> None:
 def run(subcommand: str, arguments: list[str]) -> int:
     """Run one of Lightning's subcommands or ours on its Trainer."""
     _hush()
-    PolyheadCLI(subcommand, arguments)
+    try:
+        PolyheadCLI(subcommand, arguments)
+    except MisconfigurationException as error:
+        raise plain(str(error).partition("HINT")[0], error) from error
     return 0
 
 
-
 class _Parsed(Exception):
-    """Parsing succeeded."""
+    """Parsing succeeded; holds the recipe."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self.recipe = recipe
 
 
 class _ParseOnly(PolyheadCLI):
     def before_instantiate_classes(self) -> None:
-        raise _Parsed
+        raise _Parsed(self._recipe())
 
 
-def check_recipe(name: str) -> None:
-    """Parse a recipe as `fit` would, without building anything. Raises UserError."""
+def read_recipe(arguments: list[str]) -> dict[str, Any]:
+    """The recipe that `fit ARGUMENTS` would run, with nothing built. Raises UserError."""
     _hush()
     try:
-        _ParseOnly("fit", ["--config", name, "--output", "unused"])
-    except _Parsed:
-        pass
+        _ParseOnly("fit", arguments)
+    except _Parsed as parsed:
+        return parsed.recipe
+    raise AssertionError("parsing did not end")

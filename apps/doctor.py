@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
-
-import yaml
 
 from apps import recipes
 from polyhead.errors import UserError
@@ -40,12 +37,12 @@ def _device() -> None:
 
 def _recipes() -> int:
     """How many shipped recipes do not parse."""
-    from apps.cli import check_recipe
+    from apps.cli import read_recipe
 
     failed = 0
     for name in recipes.names():
         try:
-            check_recipe(name)
+            read_recipe(["--config", name])
             _line("ok", "recipe", name)
         except UserError as error:
             failed += 1
@@ -54,29 +51,32 @@ def _recipes() -> int:
 
 
 def _data(config: str, arguments: list[str]) -> int:
-    """Show what a recipe's data module finds; how many samples cannot be read."""
+    """Show what a recipe's data module finds; how many problems there are, unreadable samples among them."""
+    from apps.cli import read_recipe
     from polyhead.bundle import build_data
 
-    recipe = yaml.safe_load(recipes.find(config).read_text(encoding="utf-8"))["data"]
-    options: dict[str, Any] = dict(recipe.get("init_args", {}))
-    pairs = [a.partition("=") if "=" in a else (a, "", "") for a in arguments]
-    iterator = iter(pairs)
-    for name, equals, value in iterator:
-        if not name.startswith("--data."):
-            raise UserError(f"doctor takes --config and --data options, not {name}")
-        options[name.removeprefix("--data.")] = yaml.safe_load(value if equals else next(iterator, ("", "", ""))[0])
-    data = build_data({**recipe, "init_args": options})
+    for argument in arguments:
+        if argument.startswith("--") and not argument.startswith("--data"):
+            raise UserError(f"doctor takes --config and --data options, not {argument}")
+    recipe = read_recipe(["--config", config, *arguments])["data"]
+    data = build_data(recipe)
+    summary = data.summary()
     _line("ok", "data", f"{data.root or 'embedded sample'}, read by {recipe['class_path']}")
-    for name, value in data.summary().items():
+    for name, value in summary.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         _line("ok", name, str(value))
     failures = data.check()
+    if summary.get("classes") != "none":
+        try:
+            data.setup("fit")
+        except UserError as error:
+            failures.append(("fit", error.message))
     for identity, why in failures[:20]:
         _line("FAIL", identity, why)
     if len(failures) > 20:
         _line("FAIL", "...", f"and {len(failures) - 20} more")
-    _line("ok" if not failures else "FAIL", "unreadable", str(len(failures)))
+    _line("ok" if not failures else "FAIL", "problems", str(len(failures)))
     return len(failures)
 
 
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
               "Checks versions, device and recipes. With --data.root it reads the data as the recipe would\n"
               "(vision/shvit by default) and prints counts, classes and files that cannot be read.")  # fmt: skip
         return 0
-    config = "vision/shvit"
+    config: str | None = None
     rest: list[str] = []
     iterator = iter(arguments)
     for argument in iterator:
@@ -96,8 +96,8 @@ def main(arguments: list[str]) -> int:
             config = argument.partition("=")[2]
         else:
             rest.append(argument)
-    if rest:
-        return 1 if _data(config, rest) else 0
+    if rest or config is not None:
+        return 1 if _data(config or "vision/shvit", rest) else 0
     _versions()
     _device()
     return 1 if _recipes() else 0

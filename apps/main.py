@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 import polyhead
-from polyhead.errors import UserError, nearest, reason
+from polyhead.errors import UserError, causes, nearest, reason
 
 LIGHTNING = {
     "fit": "train on a data set; keeps the best weights as a bundle and a report",
@@ -89,16 +89,14 @@ def explain_os_error(error: BaseException) -> UserError | None:
 
     Looks through the causes and, for libraries that lose the number, at the text.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         code = getattr(seen, "errno", None)
         text = str(seen)
+        where = getattr(seen, "filename2", None) or getattr(seen, "filename", None) or "the outputs"
         if code in OUT_OF_SPACE or "No space left on device" in text:
-            where = getattr(seen, "filename", None) or "the outputs"
-            return UserError(f"no space left to write {where}: {reason(seen)}")
+            return UserError(f"no space left on the disk to write {where}")
         if code in UNWRITABLE:
-            return UserError(f"no permission for {getattr(seen, 'filename', None) or 'the outputs'}: {reason(seen)}")
-        seen = seen.__cause__ or seen.__context__
+            return UserError(f"no permission to write {where}: {reason(seen)}")
     return None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from apps import recipes
-from polyhead.errors import UserError, nearest, reason
+from polyhead.errors import UserError, causes, nearest, reason
 
 TYPES = {
     "int": "a whole number",
@@ -31,6 +32,22 @@ HOMES = {
     "logger": ("polyhead.progress", "pytorch_lightning.loggers"),
 }
 CLASSES_FROM_DATA = "the number of classes comes from the data"
+
+
+class Options(argparse.ArgumentParser):
+    """argparse for our own subcommands: no abbreviations, and a mistake is one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (\S+)", message)
+        name = self.prog.split()[-1]
+        if found:
+            options = re.findall(r"--[\w.]+", self.format_usage())
+            hints = _did_you_mean(nearest(found[1], options)[:1]) or [f"`{self.prog} --help` lists all"]
+            raise UserError(f"{name} has no option {found[1]}", hints)
+        raise UserError(f"{name}: {message}")
 
 
 class Complaint(Exception):
@@ -69,7 +86,7 @@ class Call:
         for path in reversed(self.configs):
             line = recipes.line_of(path, key)
             if line is not None:
-                return f"{path}, line {line}: {key}"
+                return f"{recipes.shown(path)}, line {line}: {key}"
         return key
 
 
@@ -89,9 +106,7 @@ def class_paths(kind: str | None = None) -> list[str]:
 
 def user_error(error: BaseException | None) -> UserError | None:
     """The person's error that an exception stems from, if it does."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+    return next((e for e in causes(error) if isinstance(e, UserError)), None)
 
 
 def plain(message: str, error: BaseException | None = None, call: Call | None = None) -> UserError:
@@ -107,7 +122,16 @@ def plain(message: str, error: BaseException | None = None, call: Call | None = 
             return made
     if 'Parser key "' in text:
         return _value(text, call)
-    return UserError(" ".join(text.split())[:300])
+    return UserError(_first_sentences(text))
+
+
+def _first_sentences(text: str, limit: int = 160) -> str:
+    short = ""
+    for sentence in re.split(r"(?<=[.!?]) ", " ".join(text.split())):
+        if short and len(short) + len(sentence) > limit:
+            break
+        short = f"{short} {sentence}".strip()
+    return short[: 2 * limit]
 
 
 # Options and keys that do not exist

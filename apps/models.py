@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 from fnmatch import fnmatch
@@ -10,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from apps import recipes
+from apps.messages import Options
 from polyhead.errors import UserError
 
 # Tables of variants: domain -> dotted name of a function that gives name -> facts
@@ -33,7 +33,7 @@ def shipped() -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("polyhead models", description=main.__doc__, allow_abbrev=False)
+    parser = Options("polyhead models", description="Systems, variants, parameter counts and shipped checkpoints.")
     parser.add_argument("pattern", nargs="?", default="*", help="only names like this, such as 'shvit*'")
     parser.add_argument("--json", action="store_true", help="print the tables as JSON")
     options = parser.parse_args(arguments)

@@ -26,6 +26,7 @@ from torch import Tensor
 from polyhead.data import DataModule
 from polyhead.encoders import without_weights
 from polyhead.errors import UserError, nearest, reason
+from polyhead.files import read_yaml
 from polyhead.safe import read_checkpoint
 from polyhead.system import System
 
@@ -95,11 +96,11 @@ def _read_bundle(folder: Path) -> Saved:
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {folder / WEIGHTS}: {reason(error)}") from error
+    config = read_yaml(folder / CONFIG)
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        model, data = config["model"], config["data"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {folder / CONFIG}: {reason(error)}") from error
+        model, data = dict(config["model"]), dict(config["data"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / CONFIG} is not a bundle's: it lacks model or data") from None
     return Saved({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, model, data, folder)
 
 
@@ -255,5 +256,5 @@ def save_bundle(
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the bundle {folder}: {getattr(error, 'strerror', None) or error}") from error

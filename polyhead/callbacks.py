@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins import TorchCheckpointIO
 
-from polyhead.files import write_text
+from polyhead.files import atomic_write, write_text
 from polyhead.predictions import PredictionWriter
 
 Row = dict[str, Any]
@@ -60,8 +60,20 @@ class Curves(Callback):
         write_text(self.path, text.getvalue())
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all.
+
+    Lightning writes one in the system's temporary folder and moves it, which is a copy where that is another
+    disk: a kill or a full disk then leaves half a checkpoint under the final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+
+
 class LastCheckpoint(Checkpoint):
-    """`last.ckpt`, replaced whole, every n steps and at the end of every epoch (or every few).
+    """`last.ckpt`, every n steps and at the end of every epoch (or every few).
 
     Never on an epoch's last batch: Lightning would take such a checkpoint for a finished epoch whose end
     has run and skip the next one on resume.
@@ -80,10 +92,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        temporary = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.path)
+        trainer.save_checkpoint(self.path)
         self._saved_at = trainer.global_step
 
     def on_train_batch_end(

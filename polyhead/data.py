@@ -249,7 +249,9 @@ class DataModule(LightningDataModule):
         return batch
 
     def steps_per_epoch(self) -> int:
-        """Training batches of one process in an epoch."""
+        """Training batches of one process in an epoch, the trainer's limit taken into account."""
         trainer = self.trainer
         world = trainer.world_size if trainer is not None else 1
-        return len(BatchOrder(self, self.samples("train"), "train", 0, 0, world))
+        batches = len(BatchOrder(self, self.samples("train"), "train", 0, 0, world))
+        limit = trainer.limit_train_batches if trainer is not None else 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)

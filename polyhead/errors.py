@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UserError(Exception):
@@ -22,6 +22,15 @@ class UserError(Exception):
 
 class BadSample(Exception):
     """One sample cannot be read; `str(error)` is the reason in one line."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, then what it came from, and so on to the first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def nearest(name: str, options: Iterable[str], n: int = 3) -> list[str]:

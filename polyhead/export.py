@@ -19,6 +19,7 @@ import polyhead
 from polyhead.columns import make_columns
 from polyhead.errors import UserError, reason
 from polyhead.files import atomic_write
+from polyhead.safe import plain_data_only
 from polyhead.system import Signature, System
 
 Format = Literal["onnx", "torchscript", "pt2"]
@@ -91,9 +92,10 @@ def _axes(signature: Signature) -> tuple[dict[int, Any], ...]:
     return tuple({0: auto, **dict.fromkeys(signature.dynamic.get(n, {}), auto)} for n in signature.inputs)
 
 
-def _write_onnx(graph: Graph, signature: Signature, text: str, path: Path) -> None:
-    import onnx
+# Exporters give bytes, which Python then writes: on a full disk torch's own writers end the process
 
+
+def _onnx(graph: Graph, signature: Signature, text: str) -> bytes:
     # The graph varies in named axes alone: `verify` compares sizes that were not traced
     program = torch.onnx.export(
         graph, tuple(signature.inputs.values()), dynamo=True, dynamic_shapes=(_axes(signature),),
@@ -103,25 +105,29 @@ def _write_onnx(graph: Graph, signature: Signature, text: str, path: Path) -> No
     model = program.model_proto
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, text
-    onnx.save(model, str(path))
+    return model.SerializeToString()
 
 
-def _write_torchscript(graph: Graph, signature: Signature, text: str, path: Path) -> None:
+def _torchscript(graph: Graph, signature: Signature, text: str) -> bytes:
     traced = torch.jit.trace(graph, tuple(signature.inputs.values()), check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={KEY: text})
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer, _extra_files={KEY: text})
+    return buffer.getvalue()
 
 
-def _write_pt2(graph: Graph, signature: Signature, text: str, path: Path) -> None:
+def _pt2(graph: Graph, signature: Signature, text: str) -> bytes:
     program = torch.export.export(
         graph, tuple(signature.inputs.values()), dynamic_shapes=(_axes(signature),), strict=False
     )
-    torch.export.save(program, str(path), extra_files={KEY: text})
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={KEY: text})
+    return buffer.getvalue()
 
 
-WRITERS: dict[str, Callable[[Graph, Signature, str, Path], None]] = {
-    "onnx": _write_onnx,
-    "torchscript": _write_torchscript,
-    "pt2": _write_pt2,
+EXPORTERS: dict[str, Callable[[Graph, Signature, str], bytes]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "pt2": _pt2,
 }
 
 
@@ -143,15 +149,18 @@ class Exported:
         if self.path.suffix not in opener:
             raise UserError(f"{path} is not an exported model: .onnx, .pt and .pt2 are")
         try:
-            with quiet():
+            with quiet(), plain_data_only():
                 text, self._run = opener[self.path.suffix]()
         except Exception as error:
             raise UserError(f"cannot read {path}: {reason(error)[:200]}") from error
         if not text:
             raise UserError(f"{path} was not written by `polyhead export`: it carries no {KEY}")
-        self.meta: dict[str, Any] = json.loads(text)
-        got = self.run(_unpack(self.meta["golden"]["inputs"]))
-        self.self_test = difference(got, _unpack(self.meta["golden"]["outputs"]))
+        try:
+            self.meta: dict[str, Any] = json.loads(text)
+            got = self.run(_unpack(self.meta["golden"]["inputs"]))
+            self.self_test = difference(got, _unpack(self.meta["golden"]["outputs"]))
+        except Exception as error:
+            raise UserError(f"{path} fails its own test: {reason(error)[:200]}") from error
         if self.self_test > self.meta["tolerance"]:
             raise UserError(f"{path} fails its own test: outputs differ by {self.self_test:.2g} from those it carries")
 
@@ -268,7 +277,8 @@ def _meta(system: System, signature: Signature) -> str:
         "dtypes": {k: str(v.dtype).removeprefix("torch.") for k, v in signature.inputs.items()},
         "facts": system.facts,
         "columns": signature.columns,
-        "data": system.data_recipe,
+        # Where the training data lay is nobody's business, and would be read again by a predict without a root
+        "data": {**system.data_recipe, "init_args": {**system.data_recipe.get("init_args", {}), "root": None}},
         "tolerance": signature.tolerance,
         "golden": {"inputs": _pack(_numpy(signature.inputs)), "outputs": _pack(golden)},
     }
@@ -298,10 +308,11 @@ def export(system: System, path: Path, format: Format) -> tuple[float, bool]:
 
 
 def _export(system: System, deployed: System, signature: Signature, path: Path, format: Format) -> float:
+    try:
+        with quiet(), torch.no_grad():
+            content = EXPORTERS[format](Graph(deployed, signature), signature, _meta(system, signature))
+    except Exception as error:
+        raise UserError(f"{type(system).__name__} does not export to {format}: {reason(error)[:300]}") from error
     with atomic_write(path) as temporary:
-        try:
-            with quiet(), torch.no_grad():
-                WRITERS[format](Graph(deployed, signature), signature, _meta(system, signature), temporary)
-        except Exception as error:
-            raise UserError(f"{type(system).__name__} does not export to {format}: {reason(error)[:300]}") from error
+        temporary.write_bytes(content)
         return _verify(Exported(temporary), system, signature, format)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and YAML that says where it is wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from polyhead.errors import UserError
+import yaml
+
+from polyhead.errors import UserError, causes
 
 
 @contextmanager
@@ -33,11 +36,28 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # Libraries wrap what the system says in errors of their own
+        found = next((e for e in causes(error) if isinstance(e, OSError)), None)
+        if found is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot write {path}: {found.strerror or found}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values in a YAML file. Raises UserError with the line where it is none."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: it is not text in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
-import zipfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: no such file, not such a file, or a file that asks for anything else to be imported.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -31,23 +33,44 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Foreign pickles make torch doubt aloud whether it will manage
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if refused is None:
-            raise UserError(
-                f"{path} is not a checkpoint that torch can read safely: {_first(error)}"
-            ) from error
+            raise UserError(f"{path} is not a checkpoint that torch can read safely") from error
         raise UserError(
             f"{path} asks for {refused[1]} to be imported, which may run code: refused",
             hints=["ask its author for the bare state dict, or a safetensors file"],
         ) from error
-    except (SafetensorError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a checkpoint file, or is damaged: {_first(error)}") from error
+    except Exception as error:  # on damaged files the reader raises almost anything
+        why = _first(error)
+        # A bare name or number is no reason
+        text = f"{path} is not a checkpoint file, or is damaged"
+        raise UserError(f"{text}: {why}" if " " in why else text) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+@contextmanager
+def plain_data_only() -> Iterator[None]:
+    """Inside, every `torch.load` refuses what is not plain data, also where a library asks for the contrary.
+
+    `torch.export.load` does: after a failed safe attempt it runs the general unpickler.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _first(error: Exception) -> str:

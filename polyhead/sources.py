@@ -248,6 +248,8 @@ def _annotated(entries: list[Entry], rows: list[Entry]) -> list[Entry]:
 def existing(root: str | Path) -> Path:
     """`root` as a path. Raises UserError, with near names, when nothing is there."""
     path = Path(root).expanduser()
+    if not str(root):
+        raise UserError("data.root is empty: leave it out for the embedded sample")
     if not path.exists():
         near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else []
         raise UserError(f"no such file or folder: {root}", [f"near: {path.parent / n}" for n in near])

@@ -13,6 +13,8 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from polyhead.errors import UserError, reason
+
 
 @dataclass
 class Signature:
@@ -225,12 +227,18 @@ class System(LightningModule):
             yield {"params": parameters, "factor": factor, **({"weight_decay": 0.0} if bare else {})}
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameter_groups())
+        try:
+            optimizer = self.optimizer(self.parameter_groups())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer cannot be made: {reason(error)}") from error
         for group in optimizer.param_groups:
             group["lr"] *= group["factor"]
         if self.scheduler is None:
             return optimizer
-        scheduler: Any = self.scheduler(optimizer)
+        try:
+            scheduler: Any = self.scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.scheduler cannot be made: {reason(error)}") from error
         spans = hasattr(scheduler, "set_total_steps")
         if spans:
             scheduler.set_total_steps(self._total_steps())
@@ -245,8 +253,6 @@ class System(LightningModule):
         if trainer.max_steps > 0:
             return trainer.max_steps
         batches = trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

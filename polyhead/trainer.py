@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +11,11 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.plugins import CheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from polyhead import bundle, predictions
-from polyhead.callbacks import WritePredictions, merge_json
+from polyhead.callbacks import WholeCheckpoints, WritePredictions, merge_json
 from polyhead.data import DataModule
 from polyhead.errors import UserError
 from polyhead.report import write_report
@@ -21,6 +25,22 @@ from polyhead.system import System
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _explained(error: Exception, ckpt_path: str | None) -> UserError | None:
+    """The person's error behind one of Lightning's or torch's, if there is one."""
+    text = str(error)
+    found = re.search(r"conditioned on metric `(.*?)`|monitor='?(.*?)'?\) could not find", text)
+    if found:
+        monitor = found[1] or found[2]
+        known = dict.fromkeys(k for k in re.findall(r"[`'](\w+/[\w.]+)[`']", text) if k != monitor)
+        return UserError(f"--monitor {monitor} is not measured by this model", [f"measured are: {', '.join(known)}"])
+    if ckpt_path and "parameter group" in text:
+        return UserError(
+            f"{ckpt_path} cannot be continued: its optimiser has other parameter groups than these settings make",
+            ["continue with the run's own settings, or start anew from its weights with --init_from"],
+        )
+    return None
 
 
 class PolyheadTrainer(Trainer):
@@ -33,6 +53,29 @@ class PolyheadTrainer(Trainer):
 
     command: str = ""
     config_text: str = ""
+
+    def __init__(
+        self,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        plugins: Any = None,
+        **others: Any,
+    ) -> None:
+        given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
+        if not any(isinstance(p, CheckpointIO) for p in given):
+            given = [*given, WholeCheckpoints()]
+        # Lightning's own annotations come out as float before int once any library has named that union first
+        # (`typing` keeps one of two equal unions), and then `--trainer.limit_train_batches 1` would mean all
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            plugins=given,
+            **others,
+        )
 
     @property
     def folder(self) -> Path:
@@ -66,9 +109,16 @@ class PolyheadTrainer(Trainer):
         if datamodule is None:
             super().fit(model, train_dataloaders, val_dataloaders, None, ckpt_path)
             return
+        self._check_monitor(model)
         if self.is_global_zero and not ckpt_path:
             self._plan(model, datamodule)
-        super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        try:
+            super().fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        except (RuntimeError, ValueError, MisconfigurationException) as error:
+            found = _explained(error, ckpt_path)
+            if found is None:
+                raise
+            raise found from error
         if self.interrupted or self.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = self._best()
@@ -90,6 +140,15 @@ class PolyheadTrainer(Trainer):
             say(f"{datamodule.skipped} samples could not be read and were left out")
         say(f"report: {report}")
         say(f"next: polyhead test --output {self.folder} --ckpt_path best")
+
+    def _check_monitor(self, model: System) -> None:
+        """Refuse a misspelt metric now; Lightning does after the first epoch."""
+        names = [f"val/{name}" for name in ("loss", *model.make_metrics())]
+        for monitor in {c.monitor for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)}:
+            near = difflib.get_close_matches(monitor or "", names, n=1, cutoff=0.75)
+            if monitor and monitor not in names and near:
+                text = f"--monitor {monitor} is no metric of {type(model).__name__}"
+                raise UserError(text, [f"did you mean {near[0]}?"])
 
     def start_from(self, model: System, name: str) -> None:
         """Take the weights of a checkpoint, a bundle or a shipped model. Raises UserError when they do not fit."""
@@ -198,7 +257,7 @@ class PolyheadTrainer(Trainer):
             model: the system.
             dataloaders: not used by the command.
             datamodule: the data.
-            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, an .onnx file, `best`/`last` of --output.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model or an exported file; `best`, `last` of --output.
             resume: go on where an earlier predict in --output stopped.
             overwrite: replace the predictions in --output.
             strict: exit with status 2 when a sample could not be read.

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from polyhead.errors import UserError, nearest
+from polyhead.files import read_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -34,15 +35,7 @@ def find(name: str) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a recipe. Raises UserError with the line where it is no YAML mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line} is not YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: it is not text in UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         what = {"NoneType": "nothing", "str": "text"}.get(type(content).__name__, f"a {type(content).__name__}")
         raise UserError(f"{path} is no recipe: it holds {what}, not keys such as model and data")
@@ -70,4 +63,9 @@ def line_of(path: Path, key: str) -> int | None:
 def title(name: str | Path) -> str:
     """What a run of this recipe is called: the shipped name, or the file's stem."""
     path = Path(name)
-    return str(path.relative_to(FOLDER).with_suffix("")) if path.is_relative_to(FOLDER) else path.stem
+    return shown(path) if path.is_relative_to(FOLDER) else path.stem
+
+
+def shown(path: Path) -> str:
+    """What a person calls this recipe: the shipped name, or the file."""
+    return str(path.relative_to(FOLDER).with_suffix("")) if path.is_relative_to(FOLDER) else str(path)
