@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from polyhead.data import DataModule, Samples, Split
+from polyhead.decoding import MAX_PIXELS, decode_image
 from polyhead.errors import BadSample, UserError, nearest
 from polyhead.pictures import MARGIN, Arrays, Augment, Budget, Files, Pictures, Raw, Resize, Square, shrink
-from polyhead.sources import MAX_PIXELS, Entry, Location, decode_image, existing, find, read_bytes
+from polyhead.sources import Entry, Location, existing, find, read_bytes
 from polyhead.splits import assign_splits, class_key
 
 COLUMN_ROLES = ("path", "label", "split", "group")

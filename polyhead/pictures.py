@@ -23,8 +23,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from polyhead.data import generator
+from polyhead.decoding import MAX_PIXELS, decode_image, to_rgb
 from polyhead.errors import BadSample, UserError, reason
-from polyhead.sources import MAX_PIXELS, Location, decode_image, read_bytes, to_rgb
+from polyhead.sources import Location, read_bytes
 
 Resize = Literal["crop", "squash", "pad"]
 BICUBIC = Image.Resampling.BICUBIC

@@ -257,7 +257,7 @@ class PolyheadTrainer(Trainer):
             model: the system.
             dataloaders: not used by the command.
             datamodule: the data.
-            ckpt_path: the weights: a checkpoint, a bundle, a shipped model or an exported file; `best`, `last` of --output.
+            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, an exported file; `best`, `last`.
             resume: go on where an earlier predict in --output stopped.
             overwrite: replace the predictions in --output.
             strict: exit with status 2 when a sample could not be read.

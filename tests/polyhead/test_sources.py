@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from polyhead.decoding import decode_image
 from polyhead.errors import BadSample, UserError
-from polyhead.sources import Location, decode_image, find, read_bytes
+from polyhead.sources import Location, find, read_bytes
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
