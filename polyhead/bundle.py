@@ -128,6 +128,15 @@ def _class_of(recipe: dict[str, Any], base: type, what: str) -> type:
     return found
 
 
+def check_classes(saved: Saved) -> None:
+    """Raise a UserError unless the recipe of a saved model names one of our systems and data modules."""
+    for recipe, base, what in ((saved.model, System, "model"), (saved.data, DataModule, "data")):
+        try:
+            _class_of(recipe, base, what)
+        except UserError as error:
+            raise UserError(f"{saved.path} cannot be used: {error.message}") from error
+
+
 def _build(recipe: dict[str, Any], base: type, what: str) -> Any:
     _class_of(recipe, base, what)
     parser = ArgumentParser(exit_on_error=False)
@@ -247,10 +256,14 @@ def save_bundle(
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in small.items()}, work / WEIGHTS)
-            text = yaml.safe_dump({"model": model, "data": data}, sort_keys=False, allow_unicode=True)
+            # Through JSON: a list that model and data share would become a YAML alias
+            plain = json.loads(json.dumps({"model": model, "data": data}))
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
             (work / CONFIG).write_text(text, encoding="utf-8")
             (work / CARD).write_text(card, encoding="utf-8")
+            # Both are made private by their libraries; results are as readable as other files
             work.chmod(0o755)
+            (work / WEIGHTS).chmod(0o644)
             if folder.exists():
                 shutil.rmtree(folder)
             work.rename(folder)
