@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
 from vision.common import check_images, pick_variant
-from vision.inference import by_images, pack_linears
+from vision.inference import by_images
 from vision.spectformer_layers import Attention, Backbone, ClassAttention, Mlp, Size, drop, pair
 from vision.spectral_gate import SpectralGate
 from vision.token_label import Box, mix, random_box
@@ -194,7 +194,7 @@ class VanillaSpectFormer(Backbone):
     def to_deploy(self) -> VanillaSpectFormer:
         """A copy for inference and export, in eval mode: linear layers packed, gates in their faster form."""
         model = copy.deepcopy(self).eval().requires_grad_(False)
-        pack_linears(model)
+        model.settle()
         return model
 
 
@@ -463,7 +463,7 @@ class HierarchicalSpectFormer(Backbone):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.join()
-        pack_linears(model)
+        model.settle()
         return model.to(memory_format=torch.channels_last)
 
 

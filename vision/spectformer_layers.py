@@ -12,6 +12,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from polyhead.errors import UserError
+from vision.inference import pack_linears
 from vision.spectral_gate import SpectralGate, resize_filter
 
 Size = int | Sequence[int]
@@ -130,6 +131,12 @@ class Backbone(nn.Module):
 
     def gates(self) -> dict[str, SpectralGate]:
         return {n: m for n, m in self.named_modules() if isinstance(m, SpectralGate)}
+
+    def settle(self) -> None:
+        """For a deployed copy: linear layers packed, the gates' weights kept as they are used."""
+        pack_linears(self)
+        for gate in self.gates().values():
+            gate.freeze()
 
     def resize_state(self, state: Mapping[str, Tensor], method: str = "bicubic") -> dict[str, Tensor]:
         """A state dict of this network at another image size, with filters and positions resized.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.errors import UserError
+from vision.inference import by_images
 
 BACKENDS = ("auto", "fft", "matmul")
 # The largest side of a grid on which the four matrix products beat the FFT (`python -m benchmarks.spectformer
@@ -101,6 +102,7 @@ class SpectralGate(nn.Module):
         self.grid, self.backend = grid, backend
         self.complex_weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, channels, 2))
         self.matrices: dict[str, Tensor] = {}
+        self.parts: tuple[Tensor, Tensor] | None = None  # of a weight that will not change any more
         self.settle()
 
     def settle(self) -> None:
@@ -113,6 +115,12 @@ class SpectralGate(nn.Module):
             weight.data = weight.data.contiguous()
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.matrices = {k: m.to(weight.device, dtype) for k, m in dft_matrices(*self.grid).items()}
+        if self.parts is not None:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Keep the weight's real and imaginary part apart, for inference; the weight must not change any more."""
+        self.parts = real_and_imaginary(self.complex_weight.detach().to(self.matrices["rows_in"].dtype))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SpectralGate:
         super()._apply(fn, recurse)
@@ -149,9 +157,15 @@ class SpectralGate(nn.Module):
                 weight = resize_filter(weight, grid)
                 matrices = {k: m.to(wide) for k, m in dft_matrices(*grid).items()} if self.by_matmul() else {}
             if self.by_matmul():
-                out = gate_by_matmul(wide, weight, matrices)
-            else:
-                out = gate_by_fft(wide, weight, grid)
+                parts = self.parts if self.parts is not None and grid == self.grid else None
+                real, imaginary = parts or real_and_imaginary(weight)
+
+            def gate(images: Tensor) -> Tensor:
+                if self.by_matmul():
+                    return gate_by_matmul(images, real, imaginary, matrices)
+                return gate_by_fft(images, weight, grid)
+
+            out = by_images(gate, wide, 8 * wide.shape[1] * wide.shape[2])
         return out if autocast else out.to(x.dtype)
 
 
@@ -162,12 +176,17 @@ def gate_by_fft(x: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.fft.irfft2(spectrum, s=grid, dim=(1, 2), norm="ortho").flatten(1, 2)
 
 
-def gate_by_matmul(x: Tensor, weight: Tensor, matrices: dict[str, Tensor]) -> Tensor:
-    """The same by four matrix products in real arithmetic."""
+def real_and_imaginary(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`[H, Wf, C, 2]` -> twice `[H, Wf * C]`."""
+    real, imaginary = weight.flatten(1, 2).movedim(-1, 0).contiguous().unbind(0)
+    return real, imaginary
+
+
+def gate_by_matmul(x: Tensor, real: Tensor, imaginary: Tensor, matrices: dict[str, Tensor]) -> Tensor:
+    """The same by four matrix products in real arithmetic; the weight's parts are `[H, Wf * C]`."""
     batch, _, channels = x.shape
-    height, half = weight.shape[:2]
-    width = matrices["rows_in"].shape[1]
-    real, imaginary = weight.flatten(1, 2).unbind(-1)  # [H, Wf * C]
+    height, width = len(real), matrices["rows_in"].shape[1]
+    half = width // 2 + 1
     z = matrices["rows_in"] @ x.reshape(batch * height, width, channels)
     z = matrices["columns_in"] @ z.view(batch, 2 * height, half * channels)
     re, im = z[:, :height], z[:, height:]
