@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import logging
 import os
 import shlex
@@ -153,7 +154,7 @@ class PolyheadCLI(LightningCLI):
         if any(a in ("-h", "--help") or a.endswith(".help") or a.startswith("--model.help") for a in self.rest):
             parser.parse_args([self.only, *self.rest])
         configs = [recipes.find(c) for c in given.config]
-        self.call = Call(self.only, self.words, configs, self._options, self._owners)
+        self.call = Call(self.only, self.words, configs, self._options)
         for config in configs:
             self._check_config(config)
         self._refuse_ignored()
@@ -213,6 +214,9 @@ class PolyheadCLI(LightningCLI):
         for name in filter(None, map(option_name, self.words)):
             if name in DECIDED:
                 raise ignored(f"--{name}", DECIDED[name])
+            owners = self._owners(name)
+            if owners and self.only not in owners:
+                raise UserError(f"{self.only} has no option --{name}: it belongs to {' and '.join(owners)}")
         if self._flag("resume") and self._flag("overwrite"):
             raise UserError("--resume keeps what --output holds and --overwrite replaces it: give one of them")
         if self._flag("resume") and not self.given.output:
@@ -223,11 +227,9 @@ class PolyheadCLI(LightningCLI):
 
     def _take_defaults(self, saved: bundle.Saved) -> None:
         """A model's settings become the defaults of this call."""
-        try:
-            self._parser(self.only).set_defaults(self._defaults(saved))
-        except (KeyError, TypeError, ValueError, argparse.ArgumentError) as error:
-            why = plain(str(error), error).message
-            raise UserError(f"the settings in {saved.path} do not fit this version: {why}") from error
+        bundle.check_classes(saved)
+        self.call.defaults = str(saved.path)
+        self._parser(self.only).set_defaults(self._defaults(saved))
 
     def _same_class(self, saved: bundle.Saved) -> None:
         """Refuse a checkpoint of another system, before its weights are compared one by one."""
@@ -265,7 +267,7 @@ class PolyheadCLI(LightningCLI):
                 if path.is_dir() or path.suffix in SUFFIX.values():
                     raise UserError(
                         f"fit --ckpt_path continues a training and needs a Lightning checkpoint, not {name}",
-                        [f"--init_from {name} starts a new training from its weights"],
+                        [f"--init_from {name} starts a new training from its weights"] if path.is_dir() else [],
                     )
                 self.saved, self.resume_path = bundle.read(name), path
             elif given.init_from and not given.config:
@@ -310,9 +312,33 @@ class PolyheadCLI(LightningCLI):
             name = recipes.title(configs[-1])
         else:
             name = self.saved.name if self.saved is not None else "run"
-        folder = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        folder = self._new_folder(Path("runs") / name / time.strftime("%Y%m%d-%H%M%S"))
         os.environ["POLYHEAD_OUTPUT"] = str(folder)
         return folder
+
+    def _new_folder(self, path: Path) -> Path:
+        """Make a folder of this name that no other call has, started in the same second though it may be."""
+        for number in itertools.count(2):
+            if self._make(path):
+                break
+            path = path.with_name(f"{path.name.partition('.')[0]}.{number}")
+        # The folders above may be another call's, which did not go on either
+        self.made += [parent for parent in path.parents if parent not in (Path("."), *self.made)]
+        return path
+
+    def _make(self, folder: Path) -> bool:
+        """Make a folder, noting what was made; False if it is there already. Raises UserError."""
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"--output {folder} is a file: a folder is needed") from None
+            return False
+        except OSError as error:
+            raise UserError(f"cannot make the folder --output {folder}: {error.strerror}") from error
+        self.made += new
+        return True
 
     # Run
 
@@ -351,14 +377,7 @@ class PolyheadCLI(LightningCLI):
                 f"{self.output} already holds results of {self.only} ({there[0].name})",
                 [f"add {choices}, or choose another --output"],
             )
-        new = [path for path in (self.output, *self.output.parents) if not path.exists()]
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"--output {self.output} is a file: a folder is needed") from None
-        except OSError as error:
-            raise UserError(f"cannot make the folder --output {self.output}: {error.strerror}") from error
-        self.made += new
+        self._make(self.output)
 
     def _spare(self, needed: list[Path], there: list[Path]) -> None:
         for path in needed:
@@ -379,7 +398,7 @@ class PolyheadCLI(LightningCLI):
         """Leave nothing of a call that came to nothing: neither its settings nor a folder it made."""
         if not self.made:
             return
-        results = [path for path in self._results() if path not in self.made]
+        results = [path for path in self._results() if path not in self.made] if hasattr(self, "config") else []
         for path in results:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -450,6 +469,9 @@ class _Parsed(Exception):
 
 
 class _ParseOnly(PolyheadCLI):
+    def _new_folder(self, path: Path) -> Path:
+        return path
+
     def before_instantiate_classes(self) -> None:
         raise _Parsed(self._recipe())
 

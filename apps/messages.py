@@ -63,14 +63,14 @@ class Call:
         words: the command line after it.
         configs: the files given as --config.
         options: gives the names of all options, without dashes.
-        owners: gives the subcommands that have an option of a name.
+        defaults: the checkpoint or bundle whose settings are the defaults.
     """
 
     subcommand: str = ""
     words: Sequence[str] = ()
     configs: Sequence[Path] = ()
     options: Callable[[], Iterable[str]] = field(default=lambda: ())
-    owners: Callable[[str], Sequence[str]] = field(default=lambda name: ())
+    defaults: str = ""
 
     def given(self, key: str) -> bool:
         """Whether the command line has the option `key`, with or without `init_args`."""
@@ -87,7 +87,7 @@ class Call:
             line = recipes.line_of(path, key)
             if line is not None:
                 return f"{recipes.shown(path)}, line {line}: {key}"
-        return key
+        return f"{self.defaults}: {key}" if self.defaults else key
 
 
 def option_name(word: str) -> str | None:
@@ -173,9 +173,6 @@ def _unrecognised(text: str, call: Call) -> UserError | None:
     if name is None or not name:
         hint = "options begin with --, and take their value after them"
         return UserError(f"{call.subcommand} does not understand {found[1]!r}", [hint])
-    owners = list(call.owners(name))
-    if owners:
-        return UserError(f"{call.subcommand} has no option --{name}: it belongs to {' and '.join(owners)}")
     near = _did_you_mean(f"--{n}" for n in _near_option(name, call.options()))
     return UserError(f"unknown option --{name}", near or [f"`polyhead {call.subcommand} --help` lists all"])
 
@@ -209,8 +206,8 @@ def _required(text: str, call: Call) -> UserError | None:
     if found is None:
         return None
     key = found[1] or found[2]
-    hint = f"--{key} {class_paths(key)[0]}, or a recipe that names one (--config)" if key in ("model", "data") else ""
-    return UserError(f"{call.subcommand} needs --{key}", [hint] if hint else [])
+    hint = ["a recipe names one: --config NAME"] if key in ("model", "data") else []
+    return UserError(f"{call.subcommand} needs --{key}", hint)
 
 
 def _choice(text: str, call: Call) -> UserError | None:
@@ -332,8 +329,7 @@ def class_names(key: str, value: str) -> list[str]:
     for home in homes:
         module = importlib.import_module(home)
         known = {n: f"{home}.{n}" for n in dir(module) if isinstance(getattr(module, n), type)} | known
-    near = [known[n] for n in nearest(value.rpartition(".")[2], known)[:1]]
-    return near or ([] if homes else list(known.values()))
+    return [known[n] for n in nearest(value.rpartition(".")[2], known)[:1]]
 
 
 def _wanted(tail: str) -> str:
