@@ -11,7 +11,7 @@ from typing import Any
 
 from polyhead.errors import UserError, nearest
 
-CONVERTERS = {"shvit": "checkpoints.converters.shvit"}
+CONVERTERS = {n: f"checkpoints.converters.{n}" for n in ("shvit", "halonet", "spectformer", "tic")}
 
 Converter = Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
 
