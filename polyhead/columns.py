@@ -21,7 +21,22 @@ def classification(outputs: dict[str, np.ndarray], classes: Sequence[str]) -> di
     }
 
 
-COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {"classification": classification}
+def bag_classification(outputs: dict[str, np.ndarray], classes: Sequence[str], top: int = 10) -> dict[str, Any]:
+    """`classification`, and of each bag `instances` (how many) and `top`, the most attended, best first.
+
+    An instance that is not there has an attention of exactly 0.
+    """
+    attention = np.asarray(outputs["attention"])
+    counts = (attention > 0).sum(1)
+    order = np.argsort(-attention, axis=1, kind="stable")[:, :top]
+    best = [row[: min(top, count)].tolist() for row, count in zip(order, counts, strict=True)]
+    return {**classification(outputs, classes), "instances": counts.astype(np.int64), "top": best}
+
+
+COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {
+    "classification": classification,
+    "bag_classification": bag_classification,
+}
 
 
 def make_columns(spec: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:

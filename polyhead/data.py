@@ -176,6 +176,10 @@ class DataModule(LightningDataModule):
         """Counts for `polyhead doctor`."""
         return {}
 
+    def collate(self, items: list[dict[str, Any] | Unreadable]) -> dict[str, Any]:
+        """Samples into a batch; for samples of unequal sizes a subclass pads."""
+        return collate(items)
+
     def batches(self, samples: Samples, split: Split, epoch: int) -> list[list[int]]:
         """The indices of every batch of an epoch: shuffled and complete batches in training, else in order."""
         order = self.order(samples, split, epoch)
@@ -214,7 +218,7 @@ class DataModule(LightningDataModule):
             _Reader(samples),
             batch_sampler=BatchOrder(self, samples, split, epoch, rank, world),
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=self.collate,
             generator=torch.Generator().manual_seed(self.seed),
             persistent_workers=self.num_workers > 0 and split in ("train", "val"),
             # Open archives and decoded caches are not picklable in general; forked workers inherit them

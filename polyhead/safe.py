@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyhead.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -24,10 +27,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not such a file, or a file that asks for anything else to be imported.
     """
+    content = _read(Path(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def read_tensor(path: str | Path) -> Tensor:
+    """The one tensor in a torch file, read as safely. Raises UserError."""
+    content = _read(Path(path))
+    if not hasattr(content, "numpy"):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a tensor")
+    return content
+
+
+def _read(path: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint file at {path}")
     try:
@@ -36,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             # Foreign pickles make torch doubt aloud whether it will manage
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if refused is None:
@@ -50,9 +67,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         # A bare name or number is no reason
         text = f"{path} is not a checkpoint file, or is damaged"
         raise UserError(f"{text}: {why}" if " " in why else text) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
 
 
 @contextmanager

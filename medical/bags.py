@@ -1,0 +1,333 @@
+"""Bags of instance features from every layout in use, and the data module that serves them.
+
+A bag is a slide, a patient or a photograph; its instances are rows of features `[N, F]`, with coordinates
+where the file has them. Read: ACMIL's h5 (a group a slide), CLAM's h5 and pt, TRIDENT's h5, STAMP's h5,
+tables with a row an instance, and our packed layout, which is memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+from sklearn.model_selection import StratifiedGroupKFold
+
+from polyhead.errors import BadSample, UserError, nearest, reason
+from polyhead.files import atomic_write, write_text
+from polyhead.safe import read_tensor
+from polyhead.sources import existing
+
+FEATURE_KEYS = ("features", "feat", "feats", "patch_embeddings")
+BAG_COLUMNS = ("bag", "slide_id", "slide", "bag_id", "sequence")
+LABEL_COLUMNS = ("label", "class", "target")
+GROUP_COLUMNS = ("patient", "case_id", "patient_id", "group")
+SPLIT_COLUMNS = ("split", "set")
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What a bag holds.
+
+    Attributes:
+        features: `[N, F]`, float16 or float32; may be a memory map.
+        coords: `[N, 2]` int64, level-0 top-left corners, or None.
+        meta: plain values that the file says of itself (patch size, encoder, ...).
+    """
+
+    features: np.ndarray
+    coords: np.ndarray | None
+    meta: dict[str, Any]
+
+
+@dataclass
+class Bag:
+    """One bag, read when it is asked for.
+
+    Attributes:
+        id: its name.
+        read: gives its instances. Raises BadSample.
+        label, group, split: None where nothing says them; `group` is the patient.
+    """
+
+    id: str
+    read: Callable[[], Instances]
+    label: str | None = None
+    group: str | None = None
+    split: str | None = None
+
+
+# ---- feature files
+
+
+def _plain(value: Any) -> Any:
+    """An attribute of an h5 file as a plain value."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _from_group(group: Any, name: str) -> Instances:
+    key = next((k for k in FEATURE_KEYS if k in group), None)
+    if key is None:
+        raise BadSample(f"{name} has no features: one of {', '.join(FEATURE_KEYS)} is needed")
+    features = group[key][()]
+    if features.ndim == 3 and features.shape[0] == 1:
+        features = features[0]
+    coords = group["coords"][()].astype(np.int64) if "coords" in group else None
+    meta = {k: _plain(v) for k, v in group.attrs.items()}
+    for part in (key, "coords"):
+        if part in group:
+            meta |= {k: _plain(v) for k, v in group[part].attrs.items()}
+    return checked(features, coords, meta, name)
+
+
+def checked(features: np.ndarray, coords: np.ndarray | None, meta: dict[str, Any], name: str) -> Instances:
+    """Instances whose shapes and values hold. Raises BadSample."""
+    if features.ndim != 2:
+        raise BadSample(f"{name}: features of shape {list(features.shape)}, [instances, width] is needed")
+    if len(features) == 0:
+        raise BadSample(f"{name} has no instances")
+    if coords is not None and coords.shape != (len(features), 2):
+        raise BadSample(f"{name}: {len(features)} instances and coordinates of shape {list(coords.shape)}")
+    if features.dtype not in (np.float16, np.float32):
+        features = features.astype(np.float32)
+    return Instances(features, coords, meta)
+
+
+def _read_h5(path: Path, group: str | None = None) -> Instances:
+    import h5py
+    import hdf5plugin  # noqa: F401 - registers the compression filters that such files use
+
+    name = path.name if group is None else group
+    try:
+        with h5py.File(path, "r") as file:
+            return _from_group(file if group is None else file[group], name)
+    except BadSample:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, AttributeError) as error:
+        raise BadSample(f"{name} is damaged: {reason(error)}") from error
+
+
+def _read_pt(path: Path) -> Instances:
+    try:
+        return checked(read_tensor(path).numpy(), None, {}, path.name)
+    except UserError as error:
+        raise BadSample(error.message) from error
+
+
+def _h5_bags(path: Path) -> list[Bag]:
+    """One file with a group a slide, or one slide."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            groups = [k for k, v in file.items() if isinstance(v, h5py.Group)]
+            labels = {k: _plain(file[k].attrs["label"]) for k in groups if "label" in file[k].attrs}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    if not groups:
+        return [Bag(path.stem, lambda: _read_h5(path))]
+    return [
+        Bag(k, lambda k=k: _read_h5(path, k), None if k not in labels else str(labels[k]))  # type: ignore[misc]
+        for k in sorted(groups)
+    ]
+
+
+def _file_bags(folder: Path) -> list[Bag]:
+    """A file a slide, in the folder or in the one place below it where such files are."""
+    for place in (folder, folder / "h5_files", folder / "pt_files"):
+        found = sorted(place.glob("*.h5"))
+        if len(found) == 1 and place == folder:
+            return _h5_bags(found[0])
+        if found:
+            return [Bag(p.stem, lambda p=p: _read_h5(p)) for p in found]  # type: ignore[misc]
+        found = sorted(place.glob("*.pt"))
+        if found:
+            return [Bag(p.stem, lambda p=p: _read_pt(p)) for p in found]  # type: ignore[misc]
+    below = sorted({p.parent for p in folder.rglob("*.h5")} | {p.parent for p in folder.rglob("*.pt")})
+    if len(below) > 1:
+        shown = ", ".join(str(p.relative_to(folder)) for p in below[:4])
+        raise UserError(f"{folder} holds features in several folders ({shown}): name one as --data.root")
+    return _file_bags(below[0]) if below else []
+
+
+# ---- the packed layout
+
+
+def pack(bags: Sequence[Bag], folder: Path, dtype: Literal["float16", "float32"] = "float16") -> int:
+    """Write bags into one memory-mapped file with an index; what cannot be read is left out.
+
+    `features.npy` `[instances, F]`, `coords.npy` `[instances, 2]` (-1 without), `index.parquet` (id, start,
+    count, label, group, split, meta as JSON).
+
+    Returns:
+        How many bags could not be read.
+    """
+    rows: list[dict[str, Any]] = []
+    parts: list[np.ndarray] = []
+    coords: list[np.ndarray] = []
+    start = failed = 0
+    for bag in bags:
+        try:
+            got = bag.read()
+        except BadSample:
+            failed += 1
+            continue
+        parts.append(got.features.astype(dtype))
+        coords.append(got.coords if got.coords is not None else np.full((len(got.features), 2), -1))
+        rows.append({"id": bag.id, "start": start, "count": len(got.features), "label": bag.label,
+                     "group": bag.group, "split": bag.split, "meta": json.dumps(got.meta)})  # fmt: skip
+        start += len(got.features)
+    if not rows:
+        raise UserError("none of the bags could be read: nothing to pack")
+    for name, arrays in (("features.npy", parts), ("coords.npy", coords)):
+        with atomic_write(folder / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(arrays))
+    with atomic_write(folder / "index.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    write_text(folder / "packed.json", json.dumps({"layout": "polyhead bags", "bags": len(rows), "instances": start}))
+    return failed
+
+
+def _packed_bags(folder: Path) -> list[Bag]:
+    features = np.load(folder / "features.npy", mmap_mode="r")
+    coords = np.load(folder / "coords.npy", mmap_mode="r")
+
+    def read(row: dict[str, Any]) -> Instances:
+        part = slice(row["start"], row["start"] + row["count"])
+        where = coords[part]
+        return Instances(features[part], None if (where < 0).any() else np.asarray(where), json.loads(row["meta"]))
+
+    rows = pq.read_table(folder / "index.parquet").to_pylist()
+    return [
+        Bag(r["id"], lambda r=r: read(r), r["label"], r["group"], r["split"])  # type: ignore[misc]
+        for r in rows
+    ]
+
+
+# ---- tables
+
+
+def read_table(path: Path) -> pa.Table:
+    """A CSV, TSV or Parquet file. Raises UserError."""
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        return pacsv.read_csv(path, parse_options=pacsv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read the table {path}: {reason(error)}") from error
+
+
+def pick_column(
+    table: pa.Table, given: str | None, usual: Sequence[str], role: str, needed: bool, where: Path
+) -> str | None:
+    """The column of a role: as given, else by a usual name. Raises UserError when a needed one is missing."""
+    names = table.column_names
+    if given is not None:
+        if given not in names:
+            near = nearest(given, names)
+            raise UserError(f"{where.name} has no column {given!r} (--data.{role}_column)",
+                            [f"did you mean {near[0]}?"] if near else [f"it has: {', '.join(names[:12])}"])  # fmt: skip
+        return given
+    found = next((u for u in usual if u in names), None)
+    if found is None and needed:
+        raise UserError(f"{where.name} has no {role} column: name it with --data.{role}_column",
+                        [f"it has: {', '.join(names[:12])}"])  # fmt: skip
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
+    """A row an instance: bag, label and features in columns."""
+    table = read_table(path)
+    bag = pick_column(table, columns["bag"], BAG_COLUMNS, "bag", True, path)
+    roles = {
+        role: pick_column(table, columns[role], usual, role, False, path)
+        for role, usual in (("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS), ("split", SPLIT_COLUMNS))
+    }
+    taken = {bag, "instance", "fold", *roles.values()}
+    numeric = [f.name for f in table.schema if f.name not in taken
+               and (pa.types.is_integer(f.type) or pa.types.is_floating(f.type))]  # fmt: skip
+    if not numeric:
+        raise UserError(f"{path.name} has no columns of numbers to take as features")
+    values = np.stack([table[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in numeric], 1)
+    names = [str(v) for v in table[bag].to_pylist()]
+    order: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        order.setdefault(name, []).append(index)
+    said = {role: table[c].to_pylist() if c else None for role, c in roles.items()}
+    bags = []
+    for name, rows in order.items():
+        own = {role: {v[i] for i in rows} if v else {None} for role, v in said.items()}
+        if len(own["label"]) > 1:
+            raise UserError(f"{path.name}: the rows of bag {name} have different labels")
+        got = checked(values[rows], None, {}, name)
+        first = {role: _text(next(iter(v))) for role, v in own.items()}
+        bags.append(Bag(name, lambda got=got: got, **first))  # type: ignore[misc]
+    return bags
+
+
+def find_bags(root: str | Path, columns: dict[str, str | None]) -> list[Bag]:
+    """All bags under a root of any layout. Raises UserError when there are none."""
+    path = existing(str(root))
+    if path.is_file():
+        bags = _h5_bags(path) if path.suffix in (".h5", ".hdf5") else _table_bags(path, columns)
+    elif (path / "packed.json").is_file():
+        bags = _packed_bags(path)
+    else:
+        bags = _file_bags(path)
+    if not bags:
+        raise UserError(f"no bags in {path}: features as .h5 or .pt files, a table, or a packed folder are read")
+    return bags
+
+
+def apply_labels(bags: list[Bag], path: Path, columns: dict[str, str | None]) -> list[Bag]:
+    """Labels, patients and splits from a table with a row a slide. Bags that it does not name are left out."""
+    table = read_table(path)
+    names = {
+        role: pick_column(table, columns[role], usual, role, role == "bag", path)
+        for role, usual in (("bag", BAG_COLUMNS), ("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS),
+                            ("split", SPLIT_COLUMNS))
+    }  # fmt: skip
+    rows = {str(r[names["bag"]]): r for r in table.to_pylist()}
+    known = [b for b in bags if b.id in rows]
+    if not known:
+        hint = f"a bag is called {bags[0].id}, a row {next(iter(rows), '-')}"
+        raise UserError(f"{path.name} names none of the {len(bags)} bags", [hint])
+    for bag in known:
+        row = rows[bag.id]
+        for role in ("label", "group", "split"):
+            column = names[role]
+            if column is not None and row[column] is not None:
+                setattr(bag, role, str(row[column]))
+    return known
+
+
+def folds(labels: Sequence[str], groups: Sequence[str], count: int, fold: int, seed: int) -> list[str]:
+    """Cross-validation by patient: `test` is the fold, `val` the next one, `train` the others.
+
+    Stratified by label; no group is on two sides.
+    """
+    if not 3 <= count:
+        raise UserError(f"data.folds is {count}: 3 or more are needed")
+    if not 0 <= fold < count:
+        raise UserError(f"data.fold is {fold}: 0 to {count - 1} with {count} folds")
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    where = np.zeros(len(labels), dtype=int)
+    for k, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+        where[test] = k
+    names = {fold: "test", (fold + 1) % count: "val"}
+    return [names.get(int(w), "train") for w in where]

@@ -1,0 +1,156 @@
+"""The Lightning modules that medical recipes name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAUROC
+
+from medical.acmil import ACMIL, bag_attention, losses
+from polyhead.columns import make_columns
+from polyhead.errors import UserError
+from polyhead.metrics import classification_metrics
+from polyhead.report import confusion_picture
+from polyhead.system import Signature, System
+
+# Bags above this are predicted in pieces
+LARGE = 16384
+
+
+class SlideClassifier(System):
+    """Classifies bags of instances with ACMIL (or ABMIL: `n_token` 1 and `n_masked_patch` 0).
+
+    Takes `features [B, N, F]` and `present [B, N]` (False where a batch was padded); gives `logits [B, C]`,
+    `probabilities [B, C]` and `attention [B, N]`, the mean over branches. Prediction columns: `label`,
+    `score`, `probabilities`, `instances` (how many), `top` (indices of the most attended ones, best first).
+
+    Args:
+        facts: `classes`, `mean` and `deviation` of the features; linked from the data.
+        arch: `ga` (gated attention) or `mha` (learned queries with 8 heads).
+        d_inner: inner width.
+        n_token: branches; 1 is plain attention MIL.
+        n_masked_patch, mask_drop: STKIM masks this share of so many most attended instances in training.
+        gate: width of the gated attention.
+        dropout: see `medical.acmil.ACMIL`; the published one by default.
+        aem: weight of AEM's entropy term.
+    """
+
+    def __init__(
+        self,
+        facts: dict[str, Any] | None = None,
+        arch: Literal["ga", "mha"] = "ga",
+        d_inner: int = 128,
+        n_token: int = 5,
+        n_masked_patch: int = 10,
+        mask_drop: float = 0.6,
+        gate: int = 128,
+        dropout: float | None = None,
+        aem: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        no_decay_1d: bool = False,
+        lr_scale: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__(facts, optimizer, scheduler, no_decay_1d, lr_scale, ema_decay)
+        self.classes: list[str] = list(self.facts.get("classes") or [])
+        if len(self.classes) < 2:
+            raise UserError(f"a classifier needs at least two classes; the data name {self.classes or 'none'}")
+        mean = torch.tensor(self.facts["mean"])
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", torch.tensor(self.facts["deviation"]), persistent=False)
+        self.aem = aem
+        self.network = ACMIL(
+            len(mean), d_inner, len(self.classes), n_token, arch, n_masked_patch, mask_drop, gate, dropout
+        )
+
+    def standardise(self, features: Tensor) -> Tensor:
+        return (features.to(self.mean.dtype) - self.mean) / self.deviation  # type: ignore[operator, arg-type]
+
+    def input_names(self) -> list[str]:
+        return ["features", "present"]
+
+    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        features = inputs["features"]
+        whole = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if not whole and len(features) == 1 and features.shape[1] > LARGE and not self.training:
+            output = self.network.stream(_Standardised(self, features[0]))
+        else:
+            output = self.network(self.standardise(features), inputs["present"])
+        attention = bag_attention(output)
+        return {"logits": output.slide_logits, "probabilities": output.slide_logits.softmax(-1), "attention": attention}
+
+    def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:
+        wanted = ("probabilities", "attention")
+        return make_columns(self._columns(), {k: outputs[k].float().cpu().numpy() for k in wanted})
+
+    def _columns(self) -> dict[str, Any]:
+        return {"kind": "bag_classification", "classes": self.classes}
+
+    def signature(self) -> Signature:
+        def example(bags: int, instances: int) -> dict[str, Tensor]:
+            rows = torch.linspace(-2, 2, bags * instances * self.network.d_feat).view(bags, instances, -1)
+            present = torch.ones(bags, instances, dtype=torch.bool)
+            present[-1, instances - instances // 3 :] = False
+            return {"features": (rows * 7).sin() * self.deviation + self.mean, "present": present}
+
+        return Signature(
+            inputs=example(2, 24),
+            outputs=["logits", "probabilities", "attention"],
+            dynamic={"features": {1: "instances"}, "present": {1: "instances"}},
+            checks=[example(1, 7), example(3, 200)],
+            columns=self._columns(),
+        )
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        output = self.network(self.standardise(batch["features"]), batch["present"])
+        return losses(output, batch["label"], self.aem)
+
+    def make_metrics(self) -> MetricCollection:
+        metrics = classification_metrics(len(self.classes))
+        metrics.add_metrics({"instance_auroc": BinaryAUROC()})
+        return metrics
+
+    def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
+        if "label" not in batch:
+            raise UserError("the bags have no labels: give --data.labels TABLE")
+        outputs = self(batch)
+        for name, metric in metrics.items():
+            if name != "instance_auroc":
+                metric.update(outputs["probabilities"].float(), batch["label"])
+        truth = batch.get("instance_label")
+        if truth is not None:
+            # Of bags with both kinds: where all or none are key instances there is nothing to rank
+            relative = outputs["attention"] * batch["present"].sum(-1, keepdim=True)
+            for scores, wanted in zip(relative, truth, strict=True):
+                known = wanted >= 0
+                if 0 < int(wanted[known].sum()) < int(known.sum()):
+                    metrics["instance_auroc"].update(scores[known], wanted[known])
+        return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
+
+    def named_results(self, stage: str) -> dict[str, float]:
+        named = super().named_results(stage)
+        recall = self.results.get(stage, {}).get("recall")
+        if recall is not None:
+            named |= {f"recall.{c}": float(r) for c, r in zip(self.classes, recall, strict=True)}
+        return named
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        matrix = self.results.get(stage, {}).get("confusion")
+        return {} if matrix is None else {"Confusion matrix": confusion_picture(matrix, self.classes)}
+
+
+class _Standardised:
+    """Rows of a bag, standardised a piece at a time."""
+
+    def __init__(self, system: SlideClassifier, features: Tensor) -> None:
+        self.system, self.features = system, features
+        self.shape = features.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.system.standardise(self.features[rows].to(self.system.device))
