@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "shvit": ("vision.shvit", "shvit"),
     "halonet": ("vision.halonet", "halonet"),
     "spectformer": ("vision.spectformer", "spectformer"),
+    "tic": ("vision.tic", "tic"),
 }
 
 # name -> family, parameters at 1000 classes and 3 channels, image side of the published training
@@ -51,6 +52,9 @@ BACKBONES: dict[str, tuple[str, int, int]] = {
     "spectformer_h_b": ("spectformer", 32_539_880, 224),
     "spectformer_h_l": ("spectformer", 54_162_792, 224),
     "spectformer_hxs": ("spectformer", 2_621_496, 128),
+    "tic_xs": ("tic", 1_118_812, 128),
+    "tic_mini": ("tic", 1_899_608, 224),
+    "tic_small": ("tic", 13_623_432, 224),
 }
 
 # ours expect ImageNet's mean and deviation, but for a network of timm's whose weights were trained otherwise
