@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,17 @@ class GeneratorState(Callback):
 
 
 class WritePredictions(Callback):
-    """Streams what `predict_step` returns into the run folder and counts it; nothing is kept."""
+    """Streams what `predict_step` returns into the run folder and counts it; nothing is kept.
 
-    def __init__(self, writer: PredictionWriter) -> None:
-        self.writer = writer
+    Args:
+        writer: where it goes.
+        every_seconds: a part is written after this time at the latest, full or not: what a kill costs.
+    """
+
+    def __init__(self, writer: PredictionWriter, every_seconds: float = 60.0) -> None:
+        self.writer, self.every_seconds = writer, every_seconds
         self.samples = self.errors = 0
+        self._written = time.monotonic()
 
     def on_predict_batch_end(
         self,
@@ -173,6 +180,9 @@ class WritePredictions(Callback):
         self.samples += len(batch["id"])
         if outputs:
             self.writer.add({"id": batch["id"], **outputs})
+        if time.monotonic() - self._written > self.every_seconds:
+            self.writer.flush()
+            self._written = time.monotonic()
 
 
 def merge_json(path: Path, prefix: str, values: dict[str, Any]) -> None:

@@ -112,11 +112,12 @@ class PredictionWriter:
             self._flush_errors()
 
     def flush(self) -> None:
-        """Write everything. Only between samples: an id whose rows go on later would be torn."""
-        self._write(keep_last=False)
+        """Write what is finished: all but the rows of the last id, which may go on."""
+        self._write(keep_last=True)
 
     def close(self) -> None:
-        self.flush()
+        """Write everything. Only between samples: an id whose rows go on later would be torn."""
+        self._write(keep_last=False)
 
     def __enter__(self) -> PredictionWriter:
         return self

@@ -61,7 +61,18 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pets_run(tmp_path_factory: pytest.TempPathFactory, pets: Path) -> Path:
     """A fit of the digits recipe's network on pets, long enough to tell them apart."""
     folder = tmp_path_factory.mktemp("pets") / "pets"
-    options = ("--data.root", pets, "--data.batch_size=8", "--trainer.max_epochs=6")
+    options = ("--data.root", pets, "--data.batch_size=4", "--trainer.max_epochs=12", "--model.optimizer.lr=0.005",
+               "--monitor=val/loss", "--mode=min")  # fmt: skip
     done = polyhead("fit", "--config", "vision/shvit_digits", "--output", folder, *options)
     assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pets_export(tmp_path_factory: pytest.TempPathFactory, pets_run: Path) -> Path:
+    """The pets model as ONNX and as TorchScript."""
+    folder = tmp_path_factory.mktemp("export") / "export"
+    for kind in ("onnx", "torchscript"):
+        done = polyhead("export", "--ckpt_path", pets_run / "bundle", "--format", kind, "--output", folder)
+        assert done.status == 0, done.err
     return folder
