@@ -79,6 +79,7 @@ def _first_pass(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output")
     parser.add_argument("--ckpt_path")
     parser.add_argument("--init_from")
+    parser.add_argument("--print_config", nargs="?", const="")
     for flag in FLAGS:
         parser.add_argument(f"--{flag}", nargs="?", const="true")
     return parser.parse_known_args(arguments)
@@ -186,6 +187,22 @@ class PolyheadCLI(LightningCLI):
             raise plain(str(complaint), complaint.__cause__, self.call) from complaint
         if self.saved is not None:
             self._same_class(self.saved)
+        if given.print_config is not None:
+            self._print_config(given.print_config)
+
+    def _print_config(self, text: str) -> NoReturn:
+        """Print what a recipe would have to say, and nothing that belongs to this call alone."""
+        flags = {name for name in text.split(",") if name}
+        unknown = flags - {"skip_default", "skip_null"}
+        if unknown:
+            raise UserError(f"--print_config takes skip_default and skip_null, not {min(unknown)}")
+        recipe = self._recipe(skip_none="skip_null" in flags, skip_default="skip_default" in flags)
+        if "skip_default" in flags and not self.call.names("trainer.callbacks"):
+            # Links write into the default ones, which then differ from what they were
+            recipe.get("trainer", {}).pop("callbacks", None)
+        recipe = {key: value for key, value in recipe.items() if value != {}}
+        print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
 
     def _options(self) -> list[str]:
         """Every option of this subcommand, without dashes, and the arguments of the classes that recipes name."""
@@ -318,6 +335,8 @@ class PolyheadCLI(LightningCLI):
 
     def _new_folder(self, path: Path) -> Path:
         """Make a folder of this name that no other call has, started in the same second though it may be."""
+        if self.given.print_config is not None:
+            return path
         for number in itertools.count(2):
             if self._make(path):
                 break
@@ -354,9 +373,9 @@ class PolyheadCLI(LightningCLI):
     def _first(self) -> bool:
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
-    def _recipe(self) -> dict[str, Any]:
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
-        everything = yaml.safe_load(text)[self.only]
+    def _recipe(self, **skip: bool) -> dict[str, Any]:
+        options = {"skip_link_targets": True, "skip_none": False, "format": "yaml", **skip}
+        everything = yaml.safe_load(self._parser(self.only).dump(self.config[self.only], **options)) or {}
         return {k: everything[k] for k in RECIPE_KEYS if k in everything}
 
     def _results(self) -> list[Path]:

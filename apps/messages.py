@@ -76,6 +76,10 @@ class Call:
         """Whether the command line has the option `key`, with or without `init_args`."""
         return any(option_name(word) == key for word in self.words)
 
+    def names(self, key: str) -> bool:
+        """Whether the command line or a file in it says anything about `key`."""
+        return self.given(key) or any(recipes.line_of(path, key) is not None for path in self.configs)
+
     def where(self, key: str) -> str:
         """The option or the place in a file that gave `key`."""
         head = key.partition(".")[0]

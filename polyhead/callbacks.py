@@ -47,7 +47,7 @@ class Curves(Callback):
         self.rows = [r for r in read_rows(self.path) if int(r["step"]) <= trainer.global_step]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         row: Row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row |= {k: f"{float(v):.6g}" for k, v in trainer.callback_metrics.items()}
