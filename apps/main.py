@@ -24,7 +24,10 @@ OWN = {
     "convert": ("apps.convert:main", "turn a published checkpoint into a bundle"),
 }
 # A domain's own commands: name -> (dotted name, one line); imported when called
-DOMAIN: dict[str, tuple[str, str]] = {}
+DOMAIN: dict[str, tuple[str, str]] = {
+    "tile": ("medical.slides.tile", "cut slides into tiles on tissue and describe them by an encoder"),
+    "heatmap": ("medical.heatmap_command.heatmap", "draw a bag classifier's attention over a slide or photograph"),
+}
 
 
 def help_text() -> str:
@@ -52,10 +55,10 @@ def _load(target: str) -> Callable[[list[str]], int]:
     return getattr(importlib.import_module(module), name)
 
 
-def _domain(dotted: str, arguments: list[str]) -> int:
+def _domain(command: str, arguments: list[str]) -> int:
     from apps.domain import run
 
-    return run(dotted, arguments)
+    return run(command, DOMAIN[command][0], arguments)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -73,7 +76,7 @@ def dispatch(arguments: list[str]) -> int:
     if command in OWN:
         return _load(OWN[command][0])(rest)
     if command in DOMAIN:
-        return _domain(DOMAIN[command][0], rest)
+        return _domain(command, rest)
     known = [*LIGHTNING, *OWN, *DOMAIN]
     near = nearest(command, known)
     hints = [f"did you mean {near[0]}?"] if near else [f"subcommands: {', '.join(known)}"]

@@ -104,7 +104,8 @@ def checked(features: np.ndarray, coords: np.ndarray | None, meta: dict[str, Any
     return Instances(features, coords, meta)
 
 
-def _read_h5(path: Path, group: str | None = None) -> Instances:
+def read_h5(path: Path, group: str | None = None) -> Instances:
+    """One slide's file, or one group of a file with several. Raises BadSample."""
     import h5py
     import hdf5plugin  # noqa: F401 - registers the compression filters that such files use
 
@@ -136,9 +137,9 @@ def _h5_bags(path: Path) -> list[Bag]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     if not groups:
-        return [Bag(path.stem, lambda: _read_h5(path))]
+        return [Bag(path.stem, lambda: read_h5(path))]
     return [
-        Bag(k, lambda k=k: _read_h5(path, k), None if k not in labels else str(labels[k]))  # type: ignore[misc]
+        Bag(k, lambda k=k: read_h5(path, k), None if k not in labels else str(labels[k]))  # type: ignore[misc]
         for k in sorted(groups)
     ]
 
@@ -150,7 +151,7 @@ def _file_bags(folder: Path) -> list[Bag]:
         if len(found) == 1 and place == folder:
             return _h5_bags(found[0])
         if found:
-            return [Bag(p.stem, lambda p=p: _read_h5(p)) for p in found]  # type: ignore[misc]
+            return [Bag(p.stem, lambda p=p: read_h5(p)) for p in found]  # type: ignore[misc]
         found = sorted(place.glob("*.pt"))
         if found:
             return [Bag(p.stem, lambda p=p: _read_pt(p)) for p in found]  # type: ignore[misc]

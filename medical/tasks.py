@@ -40,6 +40,10 @@ class SlideClassifier(System):
         aem: weight of AEM's entropy term.
     """
 
+    network: ACMIL
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
         self,
         facts: dict[str, Any] | None = None,
@@ -70,7 +74,7 @@ class SlideClassifier(System):
         )
 
     def standardise(self, features: Tensor) -> Tensor:
-        return (features.to(self.mean.dtype) - self.mean) / self.deviation  # type: ignore[operator, arg-type]
+        return (features.to(self.mean.dtype) - self.mean) / self.deviation
 
     def input_names(self) -> list[str]:
         return ["features", "present"]
@@ -79,7 +83,7 @@ class SlideClassifier(System):
         features = inputs["features"]
         whole = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if not whole and len(features) == 1 and features.shape[1] > LARGE and not self.training:
-            output = self.network.stream(_Standardised(self, features[0]))
+            output = self.network.stream(StandardisedRows(self, features[0]))
         else:
             output = self.network(self.standardise(features), inputs["present"])
         attention = bag_attention(output)
@@ -145,7 +149,7 @@ class SlideClassifier(System):
         return {} if matrix is None else {"Confusion matrix": confusion_picture(matrix, self.classes)}
 
 
-class _Standardised:
+class StandardisedRows:
     """Rows of a bag, standardised a piece at a time."""
 
     def __init__(self, system: SlideClassifier, features: Tensor) -> None:

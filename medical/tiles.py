@@ -38,8 +38,9 @@ class TileEncoder:
         if tile < 16:
             raise UserError(f"data.tile is {tile}: 16 pixels or more are needed")
         self.name, self.tile, self.truth = name, tile, truth
-        self.network: Any = create_encoder(name, 0).eval()
-        info = [f["reduction"] for f in self.network.feature_info]
+        network: Any = create_encoder(name, 0)
+        self.network = network.eval()
+        info = [f["reduction"] for f in network.feature_info]
         self.indices = [i for i, r in enumerate(info) if r in STRIDES]
         if not self.indices or not hasattr(self.network, "forward_intermediates"):
             raise UserError(f"{name} gives no maps of stride 8 and 16: choose another data.encoder")

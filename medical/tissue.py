@@ -86,7 +86,7 @@ def find_tissue(thumbnail: np.ndarray, downsample: tuple[float, float], options:
     for index, parent in enumerate(hierarchy[0, :, 3]):
         if parent != -1:
             continue
-        holes = [outlines[i] for i in np.flatnonzero(hierarchy[0, :, 3] == index)]
+        holes = [outlines[int(i)] for i in np.flatnonzero(hierarchy[0, :, 3] == index)]
         area = cv2.contourArea(outlines[index]) - sum(cv2.contourArea(h) for h in holes)
         if area <= 0 or area <= options.area * unit:
             continue
