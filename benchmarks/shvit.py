@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -186,6 +187,7 @@ def compare(
             apart[name, engine] = difference(run(), passes[name, BASE]())
             if not apart[name, engine] <= tolerance:
                 raise RuntimeError(f"{name} as {engine} differs from timm's by {apart[name, engine]:.2g}")
+    print(f"batch {batch}: {', '.join(group)}", file=sys.stderr, flush=True)
     timings = harness.measure({f"{n}/{e}": run for (n, e), run in passes.items()}, **limits)
     rows = []
     clock = "wall" if make is build_gpu else "cpu"
