@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from polyhead.errors import UserError
-from vision.windows import attention_gradient, crop_pixels, cut_windows, pad_pixels, traced
+from vision.windows import attention_gradient, count_tiles, crop_pixels, cut_windows, pad_pixels, traced
 
 
 def round_channels(value: float, floor: float = 0.9) -> int:
@@ -206,6 +206,8 @@ class HaloAttention(nn.Module):
         rows, columns = self.blocks(x)
         pixels = x.permute(0, 2, 3, 1)
         strided = pixels[:, :: self.query_stride, :: self.query_stride]
+        if self.query_stride > 1:  # dense at once: the linear layer copies it anyway, an exporter asks if it must
+            strided = strided.clone(memory_format=torch.contiguous_format)
         q = F.linear(strided, self.q.weight[:, :, 0, 0], self.q.bias)
         q = pad_pixels(q, rows * bs, columns * bs)
         q = q.reshape(x.shape[0], rows, bs, columns, bs, heads, self.dim_k).permute(0, 1, 3, 5, 2, 4, 6)
@@ -240,8 +242,7 @@ class HaloAttention(nn.Module):
         return torch.zeros_like(at, dtype=like.dtype).masked_fill((at < 0) | (at >= size), float("-inf"))
 
     def blocks(self, x: Tensor) -> tuple[int, int]:
-        # (n + b - 1) // b and not -(-n // b): integer division truncates in ONNX
-        return (x.shape[2] + self.block - 1) // self.block, (x.shape[3] + self.block - 1) // self.block
+        return count_tiles(x.shape[2], self.block), count_tiles(x.shape[3], self.block)
 
     def fold(self, out: Tensor, x: Tensor) -> Tensor:
         """`[M, bs*bs, H, dv]` -> `[B, H*dv, ceil(H/stride), ceil(W/stride)]`, in channels_last memory."""

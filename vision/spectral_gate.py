@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,15 +157,13 @@ class SpectralGate(nn.Module):
             if grid != self.grid:
                 weight = resize_filter(weight, grid)
                 matrices = {k: m.to(wide) for k, m in dft_matrices(*grid).items()} if self.by_matmul() else {}
+            gate: Callable[[Tensor], Tensor]
             if self.by_matmul():
                 parts = self.parts if self.parts is not None and grid == self.grid else None
                 real, imaginary = parts or real_and_imaginary(weight)
-
-            def gate(images: Tensor) -> Tensor:
-                if self.by_matmul():
-                    return gate_by_matmul(images, real, imaginary, matrices)
-                return gate_by_fft(images, weight, grid)
-
+                gate = partial(gate_by_matmul, real=real, imaginary=imaginary, matrices=matrices)
+            else:
+                gate = partial(gate_by_fft, weight=weight, grid=grid)
             out = by_images(gate, wide, 8 * wide.shape[1] * wide.shape[2])
         return out if autocast else out.to(x.dtype)
 

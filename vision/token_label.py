@@ -87,8 +87,7 @@ class TokenLabelLoss(nn.Module):
                 image = share * image + (1 - share) * truth
         else:
             raise UserError(
-                f"token labels must be [B], [B, {classes}] or [B, {classes}, {2 + count}], "
-                f"got {list(target.shape)}"
+                f"token labels must be [B], [B, {classes}] or [B, {classes}, {2 + count}], got {list(target.shape)}"
             )
         top, left, bottom, right = box
         share_of_box = (bottom - top) * (right - left) / count

@@ -18,6 +18,7 @@ from vision.windows import (
     Pair,
     add_windows,
     attention_gradient,
+    count_tiles,
     crop_pixels,
     cut_windows,
     pad_pixels,
@@ -91,7 +92,7 @@ def window_attention(
     size = (q.shape[1], q.shape[2])
     tile = tile or choose_tile(size, kernel, pool)
     geometry = Geometry(tile, kernel, pool, heads, (channels // heads) ** -0.5)
-    n, m = (size[0] + tile - 1) // tile, (size[1] + tile - 1) // tile
+    n, m = count_tiles(size[0], tile), count_tiles(size[1], tile)
     border = tuple(r // d for r in reach)
     after = tuple(kern - 1 - b for kern, b in zip(kernel, border, strict=True))
     q = pad_pixels(q, n * tile, m * tile)

@@ -33,6 +33,16 @@ def crop_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
     return pixels.index_select(2, torch.arange(width, device=pixels.device))
 
 
+def count_tiles(size: int, tile: int) -> int:
+    """How many tiles cover an axis."""
+    # (n + b - 1) // b and not -(-n // b): integer division truncates in ONNX
+    count = (size + tile - 1) // tile
+    if isinstance(count, torch.SymInt) and not torch.onnx.is_in_onnx_export():
+        # torch.export fixes whether an axis of unknown length has length 1; with a tile of padding it has not
+        return count + 1
+    return count
+
+
 def nothing(below: int, right: int) -> bool:
     """Whether there is certainly nothing to pad or crop. A tracer's sizes are no ints: it keeps the step."""
     return isinstance(below, int) and isinstance(right, int) and below == right == 0

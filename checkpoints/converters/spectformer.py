@@ -67,7 +67,7 @@ def to_polyhead(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _vanilla(state: Mapping[str, Tensor]) -> dict[str, Any]:
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     name = PLAIN.get((dim, depth))
     if name is None or patch != 16 or hidden != 4 * dim:
