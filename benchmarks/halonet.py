@@ -79,7 +79,7 @@ def models(name: str) -> dict[str, nn.Module]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
 
 
 def layer_row(name: str, training: bool, rounds: int, threads: int) -> dict[str, Any]:
