@@ -20,7 +20,6 @@ from polyhead.system import Signature, System
 from vision.backbones import create_backbone, normalisation
 from vision.explain import class_maps, heat_picture
 
-
 OUTPUTS = ["logits", "probabilities"]
 
 
@@ -227,7 +226,8 @@ class ImageClassifier(System):
     def on_train_epoch_start(self) -> None:
         if self.unfreeze_at is not None:
             self._set_frozen(self.current_epoch < self.unfreeze_at)
-            self.train()
+        # Lightning leaves the modes as it finds them: without this, frozen batch norms would go on averaging
+        self.train()
 
     # Losses
 
