@@ -191,7 +191,9 @@ class System(LightningModule):
         self.metrics[stage] = self.make_metrics().to(self.device)
 
     def _finish(self, stage: str) -> None:
-        values = self.metrics[stage].compute()
+        # A metric of something that no sample of this evaluation had says nothing; ranks must agree on what they sync
+        everywhere = self.trainer.world_size > 1
+        values = {k: m.compute() for k, m in self.metrics[stage].items() if everywhere or m.update_called}
         self.results[stage] = {k: v.detach().cpu() for k, v in values.items()}
         scalars = {f"{stage}/{k}": v for k, v in values.items() if v.numel() == 1}
         self.log_dict(scalars, prog_bar=True)
