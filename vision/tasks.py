@@ -223,6 +223,10 @@ class ImageClassifier(System):
             self._set_frozen(True)
         return configured
 
+    def on_train_start(self) -> None:
+        # A run that goes on inside an epoch does not start it again
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         if self.unfreeze_at is not None:
             self._set_frozen(self.current_epoch < self.unfreeze_at)

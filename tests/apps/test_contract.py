@@ -315,7 +315,6 @@ def test_killed_and_resumed_ends_with_the_same_weights(name: str, tmp_path: Path
     for run, extra in (("broken", ["--resume"]), ("whole", [])):
         done = polyhead(*common, "--output", tmp_path / run, *extra)
         assert done.status == 0, done.err
-    broken, whole = (
-        torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("broken", "whole")
-    )
+    checkpoints = [tmp_path / run / "checkpoints/last.ckpt" for run in ("broken", "whole")]
+    broken, whole = (torch.load(path, weights_only=True)["state_dict"] for path in checkpoints)
     assert broken.keys() == whole.keys() and all(torch.equal(v, whole[k]) for k, v in broken.items())

@@ -7,6 +7,7 @@ import html.parser
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,23 @@ def test_curves_go_on_and_lose_what_the_checkpoint_has_not_seen(toy_run: Path, t
     rows = curves(run)
     assert [r["epoch"] for r in rows] == ["0", "1", "2"] and [r["step"] for r in rows] == ["8", "16", "24"]
     assert rows[0] == first and float(rows[1]["val/loss"]) < 99
+
+
+def test_a_thawed_body_goes_on_from_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """Frozen in epoch 0, trained from epoch 1 on, killed in epoch 1."""
+    common = ("fit", "--config", "vision/shvit_digits", "--model.freeze=[backbone]", "--model.unfreeze_at=1",
+              "--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1",
+              "--last.every_n_steps=1")  # fmt: skip
+    kill = '{"class_path": "tests.toy.KillAt", "init_args": {"where": "step", "step": 5}}'
+    killed = polyhead(*common, "--output", tmp_path / "broken", f"--trainer.callbacks+={kill}")
+    assert killed.status == -signal.SIGKILL, killed.err
+    middle = checkpoint(tmp_path / "broken")["state_dict"]
+    ok(polyhead(*common, "--output", tmp_path / "broken", "--resume"))
+    ok(polyhead(*common, "--output", tmp_path / "whole"))
+    broken, whole = (dict(checkpoint(tmp_path / run)["state_dict"]) for run in ("broken", "whole"))
+    assert equal(broken, whole)
+    name = "network.blocks1.0.conv.m.c.weight"
+    assert not torch.equal(middle[name], broken[name])
 
 
 def test_init_from_takes_weights_and_nothing_else(digits_run: Path, tmp_path: Path) -> None:
