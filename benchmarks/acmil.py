@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Report, measure, peak_memory
-from medical.acmil import HEADS, ACMIL, Output, draw_mask, losses
+from medical.acmil import ACMIL, HEADS, Output, draw_mask, losses
 from medical.bags import Bag, find_bags, pack, read_h5
 
 K = 5
@@ -146,8 +146,10 @@ def loading(quick: bool) -> list[dict[str, Any]]:
 
 
 def run(command: str, threads: int, quick: bool, only: str) -> Report:
-    cases = [("mha", 512, 10_000, "train"), ("mha", 512, 50_000, "train"), ("mha", 1024, 10_000, "train"),
-             ("mha", 512, 50_000, "predict"), ("ga", 512, 10_000, "train"), ("ga", 1024, 200_000, "predict")]  # fmt: skip
+    cases = [
+        ("mha", 512, 10_000, "train"), ("mha", 512, 50_000, "train"), ("mha", 1024, 10_000, "train"),
+        ("mha", 512, 50_000, "predict"), ("ga", 512, 10_000, "train"), ("ga", 1024, 200_000, "predict"),
+    ]  # fmt: skip
     if quick:
         cases = [("mha", 64, 500, "train"), ("ga", 64, 500, "predict")]
     rows = [

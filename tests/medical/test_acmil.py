@@ -29,7 +29,10 @@ def test_the_layer_norms_have_the_published_epsilon() -> None:
     assert [n.eps for n in norms] == [1e-6] * 4
 
 
-@pytest.mark.parametrize(("top", "share", "masked"), [(10, 0.6, 6), (3, 0.6, 1), (7, 0.5, 3), (10, 0.0, 0), (4, 1.0, 4)])
+CASES = [(10, 0.6, 6), (3, 0.6, 1), (7, 0.5, 3), (10, 0.0, 0), (4, 1.0, 4)]
+
+
+@pytest.mark.parametrize(("top", "share", "masked"), CASES)
 def test_stkim_masks_a_truncated_share_of_the_largest(top: int, share: float, masked: int) -> None:
     logits = torch.randn(8, 3, 40)
     mask = draw_mask(logits, top, share)
