@@ -129,12 +129,12 @@ class VanillaSpectFormer(Backbone):
         self.reset_classifier(num_classes)
 
     def grids(self, x: Tensor) -> list[tuple[int, int]]:
+        check_images(x, self.in_chans, self.patch_size, "SpectFormer")
         patch = self.patch_size
         return [((x.shape[2] + patch - 1) // patch, (x.shape[3] + patch - 1) // patch)]
 
     def embed(self, x: Tensor) -> Tensor:
         """Patch embedding plus position, `[B, N, C]`."""
-        check_images(x, self.in_chans, self.patch_size, "SpectFormer")
         (grid,) = self.grids(x)
         below, right = grid[0] * self.patch_size - x.shape[2], grid[1] * self.patch_size - x.shape[3]
         if below or right:
@@ -372,6 +372,7 @@ class HierarchicalSpectFormer(Backbone):
         return [((height + s - 1) // s, (width + s - 1) // s) for s in (4, 8, 16, 32)]
 
     def grids(self, x: Tensor) -> list[tuple[int, int]]:
+        check_images(x, self.in_chans, 32, "SpectFormer")
         return self.size_grids(x.shape[2], x.shape[3])
 
     def stage(self, number: int) -> tuple[Any, Any, Any]:
@@ -384,7 +385,6 @@ class HierarchicalSpectFormer(Backbone):
 
         `box` mixes the stem's output with the reversed batch.
         """
-        check_images(x, self.in_chans, 32, "SpectFormer")
         grids = self.grids(x)
         found = [self.stage(1)[0].halved(x)]
         y = found[0]

@@ -256,6 +256,8 @@ def test_deployed_and_eager_agree(build: Any) -> None:
         (lambda: tiny()(torch.zeros(1, 3, 7, 32)), "at least 8 x 8 px, got 7 x 32"),
         (lambda: tiny_stages()(torch.zeros(1, 3, 31, 64)), "at least 32 x 32 px, got 31 x 64"),
         (lambda: tiny()(torch.zeros(1, 4, 32, 32)), "[B, 3, H, W], got [1, 4, 32, 32]"),
+        (lambda: tiny()(torch.zeros(3, 32, 32)), "[B, 3, H, W], got [3, 32, 32]"),
+        (lambda: tiny_stages().train()(torch.zeros(3, 64, 64)), "got [3, 64, 64]"),
         (lambda: tiny(num_heads=5), "24 channels cannot be split into 5 heads"),
         (lambda: tiny(img_size=4), "smaller than a patch"),
     ],
