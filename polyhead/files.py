@@ -41,7 +41,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         found = next((e for e in causes(error) if isinstance(e, OSError)), None)
         if found is None or isinstance(error, UserError):
             raise
-        raise UserError(f"cannot write {path}: {found.strerror or found}") from error
+        why = f"{path.parent} is a file" if isinstance(found, FileExistsError) else found.strerror or found
+        raise UserError(f"cannot write {path}: {why}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
