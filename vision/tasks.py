@@ -253,15 +253,9 @@ class ImageClassifier(System):
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         x, target = self.normalise(batch["image"]), batch["label"]
-        teaching = None
-        if self._teacher:
-            with torch.no_grad():
-                teaching = self._teacher[0].outputs(image=batch["image"])["logits"]
         if self.mix is not None:
             x, target = self.mix(x, target)
-            if teaching is not None:
-                with torch.no_grad():
-                    teaching = self._teacher[0].network(x)
+        teaching = self._teaching(x)
         result = self.network(x)
         logits, student = result if isinstance(result, tuple) else (result, result)
         loss = self._cross_entropy(logits, target, self.label_smoothing)
@@ -276,6 +270,14 @@ class ImageClassifier(System):
             ) * (t * t)
         share = self.distillation_weight
         return {"loss": (1 - share) * loss + share * taught, "distillation": taught}
+
+    @torch.no_grad()
+    def _teaching(self, x: Tensor) -> Tensor | None:
+        """The teacher's logits on the student's input, which it may have been trained to see normalised otherwise."""
+        if not self._teacher:
+            return None
+        teacher: Any = self._teacher[0]
+        return teacher.network((x * self.std + self.mean - teacher.mean) / teacher.std)  # type: ignore[operator]
 
     def make_metrics(self) -> MetricCollection:
         return classification_metrics(len(self.classes))
