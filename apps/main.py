@@ -10,6 +10,10 @@ from collections.abc import Callable
 import polyhead
 from polyhead.errors import UserError, causes, nearest, reason
 
+# Threads that wait for each other without sleeping cost several times their work on a machine that does more
+# than this; it must be said before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 LIGHTNING = {
     "fit": "train on a data set; keeps the best weights as a bundle and a report",
     "validate": "evaluate on the validation split",
