@@ -27,7 +27,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-OPTIONS = ("--model.ema_decay", "0.95", "--trainer.accumulate_grad_batches", "1")
+OPTIONS = ("--model.ema_decay", "0.95")
 
 
 @pytest.fixture(scope="module")
