@@ -19,6 +19,6 @@ def run(command: str, dotted: str, arguments: list[str]) -> int:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise plain(message, ex, Call(command, arguments))
 
-    options: dict[str, Any] = {"as_positional": False, "parser_class": Parser, "prog": f"polyhead {command}", "allow_abbrev": False}
-    auto_cli(function, args=arguments, **options)
+    options: dict[str, Any] = {"as_positional": False, "allow_abbrev": False, "prog": f"polyhead {command}"}
+    auto_cli(function, args=arguments, parser_class=Parser, **options)
     return 0

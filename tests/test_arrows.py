@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[1]
 DOMAINS = {"vision", "medical", "timeseries", "recsys"}
 ROOMS = {"apps", "checkpoints", "polyhead", *DOMAINS}
 # Room -> the rooms it may import beside itself
-ARROWS = {"apps": {"checkpoints", "polyhead"}, "checkpoints": {"polyhead"}, "polyhead": set(), **dict.fromkeys(DOMAINS, {"polyhead"})}  # fmt: skip
+ARROWS = {
+    "apps": {"checkpoints", "polyhead"},
+    "checkpoints": {"polyhead"},
+    "polyhead": set(),
+    **dict.fromkeys(DOMAINS, {"polyhead"}),
+}
+RUNS_CODE = {"eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "yaml.unsafe_load"}
 # Networks read without Lightning; these files of a domain may import it
 LIGHTNING = {"tasks.py"}
 LONGEST = 600
@@ -92,7 +98,7 @@ def test_nothing_runs_the_general_unpickler() -> None:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called} without weights_only=True")
             if called in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called} with allow_pickle")
-            if called in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "yaml.unsafe_load"):
+            if called in RUNS_CODE:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called}")
     assert not wrong, "\n".join(wrong)
 
@@ -104,10 +110,13 @@ def loaded(statement: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"torch", "pytorch_lightning", "jsonargparse", "timm", "torchvision", "numpy", "pandas", "sklearn", "matplotlib"}
+HEAVY = {
+    "torch", "pytorch_lightning", "jsonargparse", "timm", "torchvision", "numpy", "pandas", "sklearn", "matplotlib",
+}  # fmt: skip
+LIGHT = [["--help"], ["--version"], ["models"], ["models", "--json"], ["doctor", "--help"]]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"], ["models", "--json"], ["doctor", "--help"]])
+@pytest.mark.parametrize("arguments", LIGHT)
 def test_help_and_lists_load_nothing_heavy(arguments: list[str]) -> None:
     found = loaded(f"from apps.main import main; assert main({arguments!r}) == 0")
     assert not found & HEAVY
