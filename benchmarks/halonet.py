@@ -1,11 +1,13 @@
 """HaloNet against timm: the attention layer in inference and training, and whole models, same weights.
 
-Both get images in plain order (`NCHW`), as timm's layer wants them; the whole models of ours are deployed
-(`to_deploy()`: batch norm folded, channels_last), timm's are in both memory orders, the better one counting.
+Each layer gets its map in the order that it works in and that its network hands it: timm's plain, ours
+channels_last; for inference our projections are packed as in a deployed network. Whole models of ours are
+deployed (`to_deploy()`) and get plain images, timm's are measured in both memory orders.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +46,12 @@ def layer_pass(name: str, who: str, training: bool, batch: int, threads: int) ->
     harness.set_threads(threads)
     layer, (options, side, *_) = layers(name)[who], LAYERS[name]
     x = torch.randn(batch, options["dim"], side, side, generator=torch.Generator().manual_seed(1))
+    if who == "ours":
+        x = x.contiguous(memory_format=torch.channels_last)
     if not training:
+        layer = copy.deepcopy(layer)
+        if isinstance(layer, HaloAttention):
+            layer.pack()
         return lambda: inference(layer, x)
     x.requires_grad_()
 

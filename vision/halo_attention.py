@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from polyhead.errors import UserError
+from vision.inference import PackedLinear, by_images
 from vision.windows import attention_gradient, count_tiles, crop_pixels, cut_windows, pad_pixels, traced
 
 
@@ -46,6 +47,13 @@ class RelativePosition(nn.Module):
         by_row = torch.einsum("mhyxd,yud->mhyxu", q, self.height_rel[self.rows].to(q.dtype))
         by_column = torch.einsum("mhyxd,xvd->mhyxv", q, self.width_rel[self.rows].to(q.dtype))
         return by_row.contiguous(), by_column.contiguous()
+
+
+def pointwise(layer: nn.Module, pixels: Tensor) -> Tensor:
+    """A 1x1 convolution on `[B, H, W, C]`."""
+    if isinstance(layer, nn.Conv2d):
+        return F.linear(pixels, layer.weight[:, :, 0, 0], layer.bias)
+    return layer(pixels)
 
 
 def outer_sum(by_row: Tensor, by_column: Tensor) -> Tensor:
@@ -180,21 +188,33 @@ class HaloAttention(nn.Module):
         self.pool = stride == 2 and (avg_down or block_size % 2 == 1)
         self.query_stride = stride if not self.pool else 1
         self.queries = block_size // self.query_stride  # side of a block of queries
-        self.q = nn.Conv2d(dim, num_heads * self.dim_k, 1, stride=self.query_stride, bias=qkv_bias)
-        self.kv = nn.Conv2d(dim, num_heads * (self.dim_k + self.dim_v), 1, bias=qkv_bias)
+        self.q: nn.Module = nn.Conv2d(dim, num_heads * self.dim_k, 1, stride=self.query_stride, bias=qkv_bias)
+        self.kv: nn.Module = nn.Conv2d(dim, num_heads * (self.dim_k + self.dim_v), 1, bias=qkv_bias)
         step = self.query_stride if geometric_rel_pos else 1
         self.pos_embed = RelativePosition(self.queries, self.window, self.dim_k, step)
         self.init_weights()
 
     def init_weights(self) -> None:
         for conv in (self.q, self.kv):
+            assert isinstance(conv, nn.Conv2d)
             nn.init.trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
         nn.init.trunc_normal_(self.pos_embed.height_rel, std=self.scale)
         nn.init.trunc_normal_(self.pos_embed.width_rel, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, windows = self.project(x)
-        return self.fold(attend(q, windows, *self.position(q, x), self.scale), x)
+        def images(pixels: Tensor) -> Tensor:
+            part = pixels.permute(0, 3, 1, 2)
+            q, windows = self.project(part)
+            out = self.fold(attend(q, windows, *self.position(q, part), self.scale), part)
+            return out.permute(0, 2, 3, 1)
+
+        rows, columns = self.blocks(x)
+        held = rows * columns * self.window**2 * self.num_heads * (self.dim_k + self.dim_v)
+        return by_images(images, x.permute(0, 2, 3, 1), 2 * held).permute(0, 3, 1, 2)
+
+    def pack(self) -> None:
+        """For a deployed copy: projections with packed weights."""
+        self.q, self.kv = PackedLinear(self.q), PackedLinear(self.kv)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, C, H, W]` -> queries `[M, H, bs, bs, dk]` and windows `[M, w*w, H, dk + dv]` of keys, values.
@@ -208,10 +228,10 @@ class HaloAttention(nn.Module):
         strided = pixels[:, :: self.query_stride, :: self.query_stride]
         if self.query_stride > 1:  # dense at once: the linear layer copies it anyway, an exporter asks if it must
             strided = strided.clone(memory_format=torch.contiguous_format)
-        q = F.linear(strided, self.q.weight[:, :, 0, 0], self.q.bias)
+        q = pointwise(self.q, strided)
         q = pad_pixels(q, rows * bs, columns * bs)
         q = q.reshape(x.shape[0], rows, bs, columns, bs, heads, self.dim_k).permute(0, 1, 3, 5, 2, 4, 6)
-        kv = F.linear(pixels, self.kv.weight[:, :, 0, 0], self.kv.bias)
+        kv = pointwise(self.kv, pixels)
         kv = pad_pixels(kv, rows * b, columns * b, (self.halo, self.halo))
         windows = cut_windows(kv, (w, w), b).view(-1, w * w, heads, self.dim_k + self.dim_v)
         return q.reshape(-1, heads, bs, bs, self.dim_k), windows
@@ -224,15 +244,10 @@ class HaloAttention(nn.Module):
         if self.mask_padding:
             rows, columns = self.blocks(x)
             # a key is padding if its row or its column is: the mask splits like the position term
-            by_row = (
-                by_row
-                + self.outside(rows, x.shape[2], q)
-                .repeat_interleave(columns, 0)
-                .repeat(x.shape[0], 1)[:, None, None, None]
-            )
-            by_column = (
-                by_column + self.outside(columns, x.shape[3], q).repeat(x.shape[0] * rows, 1)[:, None, None, None]
-            )
+            above = self.outside(rows, x.shape[2], q).repeat_interleave(columns, 0).repeat(x.shape[0], 1)
+            beside = self.outside(columns, x.shape[3], q).repeat(x.shape[0] * rows, 1)
+            by_row = by_row + above[:, None, None, None]
+            by_column = by_column + beside[:, None, None, None]
         return by_row, by_column
 
     def outside(self, blocks: int, size: int, like: Tensor) -> Tensor:

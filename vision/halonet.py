@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from polyhead.errors import UserError
 from vision.common import check_images, pick_variant
 from vision.halo_attention import HaloAttention, round_channels
+from vision.inference import PackedConv2d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -32,12 +33,18 @@ class ConvNormAct(nn.Module):
         self, cin: int, cout: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: str | None = None
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.conv: nn.Module = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(cout)
         self.act = ACTIVATIONS[act](inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
+
+    def pack(self) -> None:
+        """For a deployed copy: one convolution in place of the three."""
+        assert isinstance(self.conv, nn.Conv2d) and isinstance(self.bn, nn.BatchNorm2d)
+        self.conv = PackedConv2d(fuse_conv_bn_eval(self.conv, self.bn), self.act)
+        self.bn = self.act = nn.Identity()
 
 
 class SqueezeExcite(nn.Module):
@@ -97,7 +104,10 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.drop_path(self.conv3_1x1(self.mix(self.conv1_1x1(x))))
+        mixed = self.mix(self.conv1_1x1(x))
+        if isinstance(self.conv3_1x1.conv, PackedConv2d):  # with the sum and the activation in it
+            return self.conv3_1x1.conv(mixed, None if self.shortcut is None else self.shortcut(x))
+        out = self.drop_path(self.conv3_1x1(mixed))
         return self.act(out if self.shortcut is None else out + self.shortcut(x))
 
 
@@ -108,7 +118,7 @@ class BottleneckBlock(Block):
         self, *args: Any, group_size: int, attn: str | None, attn_kwargs: Mapping[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        mid = self.conv1_1x1.conv.out_channels
+        mid = kwargs["mid"]
         if group_size and mid % group_size:
             raise UserError(f"halonet: {mid} channels cannot be split into groups of {group_size}")
         groups = mid // group_size if group_size else 1
@@ -124,7 +134,7 @@ class HaloBlock(Block):
 
     def __init__(self, *args: Any, attention: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        mid, mixed = self.conv1_1x1.conv.out_channels, self.conv3_1x1.conv.in_channels
+        mid, mixed = kwargs["mid"], kwargs["mixed"]
         self.self_attn = HaloAttention(mid, mixed, stride=kwargs["stride"], **attention)
         self.post_attn = nn.BatchNorm2d(mixed)
         self.post_act = ACTIVATIONS[kwargs["act"]](inplace=True)
@@ -333,12 +343,15 @@ class HaloNet(nn.Module):
         return found
 
     def to_deploy(self) -> HaloNet:
-        """A copy for inference and export: BatchNorm folded into the convolutions, channels_last, eval."""
+        """A copy for inference and export, in eval mode: BatchNorm, activations and sums folded into the
+        convolutions, their weights packed, channels_last."""
         model = copy.deepcopy(self).eval().requires_grad_(False)
         for module in model.modules():
-            if isinstance(module, ConvNormAct):
-                module.conv = fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
-                module.bn = nn.Identity()
+            if isinstance(module, Block):
+                module.conv3_1x1.act, module.act = module.act, nn.Identity()
+        for module in model.modules():
+            if isinstance(module, ConvNormAct | HaloAttention):
+                module.pack()
         return model.to(memory_format=torch.channels_last)
 
 

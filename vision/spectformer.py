@@ -262,7 +262,7 @@ class ConvMlp(nn.Module):
         def images(x: Tensor) -> Tensor:
             return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
 
-        return by_images(images, x, x.shape[1] * self.fc1.out_features)
+        return by_images(images, x, x.shape[1] * self.fc1.weight.shape[0])
 
 
 class StageBlock(nn.Module):

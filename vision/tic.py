@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
 from vision.common import check_images, pick_variant
-from vision.inference import by_images, pack_linears
+from vision.inference import PackedLinear, by_images, pack_linears
 from vision.window_attention import attend_simply, centred, window_attention
 from vision.windows import Pair, crop_pixels
 
@@ -87,7 +87,7 @@ class MSAConvAttention(nn.Module):
             raise UserError(f"MSA-Conv: {input_channel} channels cannot be split into {heads} heads")
         self.kernel, self.dilation, self.dropout = pair(kernel_size), dilation, dropout
         self.heads, self.shift, self.inter_pool, self.index, self.wide = heads, shift, inter_pool, index, wide
-        self.qkv_conv = nn.Conv2d(input_channel, 3 * input_channel, 1)
+        self.qkv_conv: nn.Conv2d | PackedLinear = nn.Conv2d(input_channel, 3 * input_channel, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -106,10 +106,15 @@ class MSAConvAttention(nn.Module):
 
     def project(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, and k and v shifted and pooled."""
-        qkv = F.linear(pixels, self.qkv_conv.weight[:, :, 0, 0], self.qkv_conv.bias)
-        q, k, v = qkv.split(pixels.shape[-1], dim=-1)
+        q, k, v = self.qkv(pixels).split(pixels.shape[-1], dim=-1)
         step = self.step(pixels.shape[1], pixels.shape[2])
         return q, self.inter(self.roll(k, step)), self.inter(self.roll(v, step))
+
+    def qkv(self, pixels: Tensor) -> Tensor:
+        """`[B, H, W, C]` -> `[B, H, W, 3C]`."""
+        if isinstance(self.qkv_conv, PackedLinear):
+            return self.qkv_conv(pixels)
+        return F.linear(pixels, self.qkv_conv.weight[:, :, 0, 0], self.qkv_conv.bias)
 
     def step(self, height: int, width: int) -> Any:
         if self.shift is not None:
@@ -139,7 +144,7 @@ class MSAConvAttention(nn.Module):
         """`qkv` `[B, 3C, H, W]`, and, each `[B, h, kh*kw, H, W]`, `logits` (unscaled), `scaled_logits`, `attn`."""
         q, k, v = self.project(pixels)
         _, logits, attn = attend_simply(q, k, v, self.kernel, self.dilation, self.heads, self.inter_pool)
-        qkv = F.linear(pixels, self.qkv_conv.weight[:, :, 0, 0], self.qkv_conv.bias).permute(0, 3, 1, 2)
+        qkv = self.qkv(pixels).permute(0, 3, 1, 2)
         scale = (pixels.shape[-1] // self.heads) ** -0.5
         return {"qkv": qkv, "logits": logits, "scaled_logits": scale * logits, "attn": attn}
 
@@ -205,7 +210,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = x.shape[1] * x.shape[2] * self.fc1.out_features
+        numbers = x.shape[1] * x.shape[2] * self.fc1.weight.shape[0]
         return by_images(lambda x: self.fc2(self.act(self.fc1(x))), x, numbers)
 
 
@@ -385,6 +390,9 @@ class TiC(nn.Module):
                     down[n - 1] = fuse_conv_bn_eval(down[n - 1], layer)
                     down[n] = nn.Identity()
         pack_linears(model)
+        for module in model.modules():
+            if isinstance(module, MSAConvAttention):
+                module.qkv_conv = PackedLinear(module.qkv_conv)
         return model.to(memory_format=torch.channels_last)
 
 
