@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def test_deployed_and_eager_agree(build: Any) -> None:
         assert torch.allclose(deployed(x), expected, atol=1e-5)
         assert torch.allclose(deployed(x.to(memory_format=torch.channels_last)), expected, atol=1e-5)
         assert torch.allclose(copy.deepcopy(deployed)(x), expected, atol=1e-5)
+        assert torch.allclose(pickle.loads(pickle.dumps(deployed))(x), expected, atol=1e-5)
         assert torch.allclose(deployed.double()(x.double()).float(), expected, atol=1e-5)
     with torch.enable_grad():
         x.requires_grad_()
