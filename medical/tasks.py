@@ -5,24 +5,22 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC
 
 from medical.acmil import ACMIL, bag_attention, losses
+from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
 from polyhead.errors import UserError
-from polyhead.metrics import classification_metrics
-from polyhead.report import confusion_picture
-from polyhead.system import Signature, System
+from polyhead.system import Signature
 
 # Bags above this are predicted in pieces
 LARGE = 16384
 
 
-class SlideClassifier(System):
+class SlideClassifier(Classifier):
     """Classifies bags of instances with ACMIL (or ABMIL: `n_token` 1 and `n_masked_patch` 0).
 
     Takes `features [B, N, F]` and `present [B, N]` (False where a batch was padded); gives `logits [B, C]`,
@@ -38,6 +36,7 @@ class SlideClassifier(System):
         gate: width of the gated attention.
         dropout: see `medical.acmil.ACMIL`; the published one by default.
         aem: weight of AEM's entropy term.
+        system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
     """
 
     network: ACMIL
@@ -55,16 +54,9 @@ class SlideClassifier(System):
         gate: int = 128,
         dropout: float | None = None,
         aem: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        scheduler: LRSchedulerCallable | None = None,
-        no_decay_1d: bool = False,
-        lr_scale: dict[str, float] | None = None,
-        ema_decay: float | None = None,
+        **system: Any,
     ) -> None:
-        super().__init__(facts, optimizer, scheduler, no_decay_1d, lr_scale, ema_decay)
-        self.classes: list[str] = list(self.facts.get("classes") or [])
-        if len(self.classes) < 2:
-            raise UserError(f"a classifier needs at least two classes; the data name {self.classes or 'none'}")
+        super().__init__(facts, **system)
         mean = torch.tensor(self.facts["mean"])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", torch.tensor(self.facts["deviation"]), persistent=False)
@@ -116,7 +108,7 @@ class SlideClassifier(System):
         return losses(output, batch["label"], self.aem)
 
     def make_metrics(self) -> MetricCollection:
-        metrics = classification_metrics(len(self.classes))
+        metrics = super().make_metrics()
         metrics.add_metrics({"instance_auroc": BinaryAUROC()})
         return metrics
 
@@ -136,17 +128,6 @@ class SlideClassifier(System):
                 if 0 < int(wanted[known].sum()) < int(known.sum()):
                     metrics["instance_auroc"].update(scores[known], wanted[known])
         return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
-
-    def named_results(self, stage: str) -> dict[str, float]:
-        named = super().named_results(stage)
-        recall = self.results.get(stage, {}).get("recall")
-        if recall is not None:
-            named |= {f"recall.{c}": float(r) for c, r in zip(self.classes, recall, strict=True)}
-        return named
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        matrix = self.results.get(stage, {}).get("confusion")
-        return {} if matrix is None else {"Confusion matrix": confusion_picture(matrix, self.classes)}
 
 
 class StandardisedRows:

@@ -1,18 +1,5 @@
 """Vision: backbones, facial expressions, image data. What recipes name is imported when it is asked for."""
 
-from __future__ import annotations
+from polyhead.lazy import lazy
 
-import importlib
-from typing import Any
-
-_HOMES = {"ImageClassifier": "vision.tasks", "ImageData": "vision.images"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__ = lazy(__name__, {"ImageClassifier": "vision.tasks", "ImageData": "vision.images"})

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
 from polyhead import bundle
+from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
 from polyhead.errors import UserError
-from polyhead.metrics import classification_metrics
-from polyhead.report import confusion_picture
 from polyhead.system import Signature, System
 from vision.backbones import create_backbone, normalisation
 from vision.explain import class_maps, heat_picture
@@ -31,7 +29,7 @@ def example_images(batch: int, height: int, width: int) -> Tensor:
     return ((torch.stack(waves).view(batch, 3, height, width) + 1) * 127.5).to(torch.uint8)
 
 
-class ImageClassifier(System):
+class ImageClassifier(Classifier):
     """Single-label classification of images with any backbone.
 
     Takes uint8 RGB images `image [B, 3, H, W]`; gives `logits [B, K]` and `probabilities [B, K]`.
@@ -55,6 +53,7 @@ class ImageClassifier(System):
         distillation_weight: share of the distillation loss.
         temperature: of soft distillation.
         flip_tta: average over the image and its mirror in evaluation and prediction.
+        system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
     """
 
     def __init__(
@@ -77,16 +76,9 @@ class ImageClassifier(System):
         distillation_weight: float = 0.5,
         temperature: float = 3.0,
         flip_tta: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        scheduler: LRSchedulerCallable | None = None,
-        no_decay_1d: bool = True,
-        lr_scale: dict[str, float] | None = None,
-        ema_decay: float | None = None,
+        **system: Any,
     ) -> None:
-        super().__init__(facts, optimizer, scheduler, no_decay_1d, lr_scale, ema_decay)
-        self.classes: list[str] = list(self.facts.get("classes") or [])
-        if len(self.classes) < 2:
-            raise UserError(f"a classifier needs at least two classes; the data name {self.classes or 'none'}")
+        super().__init__(facts, **system)
         self.network = create_backbone(
             backbone, num_classes=len(self.classes), pretrained=pretrained, **(backbone_options or {})
         )
@@ -279,26 +271,12 @@ class ImageClassifier(System):
         teacher: Any = self._teacher[0]
         return teacher.network((x * self.std + self.mean - teacher.mean) / teacher.std)  # type: ignore[operator]
 
-    def make_metrics(self) -> MetricCollection:
-        return classification_metrics(len(self.classes))
-
     def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
         if "label" not in batch:
             raise UserError("the data have no labels: put the files in class folders or name a label column")
         outputs = self.outputs(image=batch["image"])
         metrics.update(outputs["probabilities"].float(), batch["label"])
         return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
-
-    def named_results(self, stage: str) -> dict[str, float]:
-        named = super().named_results(stage)
-        recall = self.results.get(stage, {}).get("recall")
-        if recall is not None:
-            named |= {f"recall.{c}": float(r) for c, r in zip(self.classes, recall, strict=True)}
-        return named
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        matrix = self.results.get(stage, {}).get("confusion")
-        return {} if matrix is None else {"Confusion matrix": confusion_picture(matrix, self.classes)}
 
     def explain(self, batch: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
         """A heat map over each image: attention where the backbone has it, else Grad-CAM."""
