@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.errors import UserError, nearest
 
@@ -46,3 +47,29 @@ def pick_variant(name: str, table: Mapping[str, T], family: str) -> T:
         near = nearest(name, table) or list(table)
         raise UserError(f"{family} has no variant {name!r}: choose one of {', '.join(table)}", near)
     return table[name]
+
+
+def captured(
+    model: nn.Module, x: Tensor, kind: type[nn.Module], look: Callable[[Any, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """What `look(module, its input)` gives for every module of a kind, by the module's name, in one pass over x."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs: found.__setitem__(name, look(module, inputs[0]))
+
+    hooks = [m.register_forward_pre_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, kind)]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def init_convolution(conv: nn.Conv2d) -> None:
+    """Normal weights of variance 2 / fan-out (groups apart), bias 0."""
+    fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

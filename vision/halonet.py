@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
-from vision.common import check_images, pick_variant
+from vision.common import captured, check_images, init_convolution, pick_variant
 from vision.halo_attention import HaloAttention, round_channels
 from vision.inference import PackedConv2d
 
@@ -269,10 +269,7 @@ class HaloNet(nn.Module):
     def init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_convolution(module)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
@@ -328,19 +325,7 @@ class HaloNet(nn.Module):
     @torch.no_grad()
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         """Per attention layer, by its name, the attention each of its pixels receives: `[B, h, w]`."""
-        found: dict[str, Tensor] = {}
-        layers = [(n, m) for n, m in self.named_modules() if isinstance(m, HaloAttention)]
-
-        def keep(name: str) -> Any:
-            return lambda module, inputs: found.__setitem__(name, module.received(inputs[0]))
-
-        hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers]
-        try:
-            self(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        return captured(self, x, HaloAttention, lambda layer, x: layer.received(x))
 
     def to_deploy(self) -> HaloNet:
         """A copy for inference and export, in eval mode: BatchNorm, activations and sums folded into the

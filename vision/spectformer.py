@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
-from vision.common import check_images, pick_variant
+from vision.common import check_images, init_convolution, pick_variant
 from vision.inference import by_images
 from vision.spectformer_layers import Attention, Backbone, ClassAttention, Mlp, Size, drop, pair
 from vision.spectral_gate import SpectralGate
@@ -361,10 +361,7 @@ class HierarchicalSpectFormer(Backbone):
         super().init_weights()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_convolution(module)
 
     @staticmethod
     def size_grids(height: int, width: int) -> list[tuple[int, int]]:

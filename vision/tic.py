@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
-from vision.common import check_images, pick_variant
+from vision.common import captured, check_images, pick_variant
 from vision.inference import PackedLinear, by_images, pack_linears
 from vision.window_attention import attend_simply, centred, window_attention
 from vision.windows import Pair, crop_pixels
@@ -366,19 +366,7 @@ class TiC(nn.Module):
     @torch.no_grad()
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         """Per block, by its name, the attention that each pixel of its map receives: `[B, h, w]`."""
-        found: dict[str, Tensor] = {}
-        blocks = [(n, m) for n, m in self.named_modules() if isinstance(m, Block)]
-
-        def keep(name: str) -> Any:
-            return lambda block, inputs: found.__setitem__(name, block.attn.received(block.norm1(inputs[0])))
-
-        hooks = [block.register_forward_pre_hook(keep(name)) for name, block in blocks]
-        try:
-            self(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        return captured(self, x, Block, lambda block, x: block.attn.received(block.norm1(x)))
 
     def to_deploy(self) -> TiC:
         """A copy for inference and export, in eval mode: BatchNorm folded, channels_last, linear layers packed."""
