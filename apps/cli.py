@@ -185,6 +185,8 @@ class PolyheadCLI(LightningCLI):
             self.config = parser.parse_args(arguments)
         except Complaint as complaint:
             raise plain(str(complaint), complaint.__cause__, self.call) from complaint
+        if isinstance(self.config[self.only].seed_everything, bool):
+            raise UserError("--seed_everything is true or false: a whole number is needed")
         if self.saved is not None:
             self._same_class(self.saved)
         if given.print_config is not None:

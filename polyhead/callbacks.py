@@ -16,6 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins import TorchCheckpointIO
 
+from polyhead.errors import UserError
 from polyhead.files import atomic_write, write_text
 from polyhead.predictions import PredictionWriter
 
@@ -86,6 +87,9 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str = ".", every_n_steps: int = 200, every_n_epochs: int = 1) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}.items():
+            if value < 1:
+                raise UserError(f"last.{name} is {value}: at least 1 is needed")
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self._saved_at = -1
@@ -105,7 +109,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs or trainer.should_stop:
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if last or epoch % self.every_n_epochs == 0:
             self._save(trainer)
 
 

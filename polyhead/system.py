@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -103,6 +104,8 @@ class System(LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise UserError(f"model.ema_decay is {ema_decay:g}: it must be between 0 and 1")
         self.facts = facts or {}
         self.optimizer, self.scheduler = optimizer, scheduler
         self.no_decay_1d, self.lr_scale, self.ema_decay = no_decay_1d, lr_scale or {}, ema_decay
@@ -111,6 +114,14 @@ class System(LightningModule):
         self.data_recipe: dict[str, Any] = {}
         self.metrics: dict[str, MetricCollection] = {}
         self.results: dict[str, dict[str, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The factories hold the command that made them, and with it the trainer and all data: copies share them
+        memo |= {id(shared): shared for shared in (self.optimizer, self.scheduler)}
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     # What a subclass says
 
@@ -225,6 +236,9 @@ class System(LightningModule):
                 continue
             bare = self.no_decay_1d and (parameter.ndim <= 1 or name.removeprefix("network.") in listed)
             groups.setdefault((bare, factor), []).append(parameter)
+        for prefix in self.lr_scale:
+            if not any(name.startswith(prefix) for name, _ in self.named_parameters()):
+                raise UserError(f"model.lr_scale names {prefix!r}, with which no weight's name begins")
         for (bare, factor), parameters in groups.items():
             yield {"params": parameters, "factor": factor, **({"weight_decay": 0.0} if bare else {})}
 

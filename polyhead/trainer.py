@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -18,6 +18,7 @@ from polyhead import bundle, predictions
 from polyhead.callbacks import WholeCheckpoints, WritePredictions, merge_json
 from polyhead.data import DataModule
 from polyhead.errors import UserError
+from polyhead.progress import Progress
 from polyhead.report import write_report
 from polyhead.safe import read_checkpoint
 from polyhead.system import System
@@ -34,6 +35,11 @@ def _explained(error: Exception, ckpt_path: str | None) -> UserError | None:
     if found:
         monitor = found[1] or found[2]
         known = dict.fromkeys(k for k in re.findall(r"[`'](\w+/[\w.]+)[`']", text) if k != monitor)
+        if monitor.startswith("val/") and not any(k.startswith("val/") for k in known):
+            return UserError(
+                f"--monitor {monitor} was never measured: an epoch ended without a validation",
+                ["see --trainer.max_steps, --trainer.val_check_interval and --trainer.limit_val_batches"],
+            )
         return UserError(f"--monitor {monitor} is not measured by this model", [f"measured are: {', '.join(known)}"])
     if ckpt_path and "parameter group" in text:
         return UserError(
@@ -61,8 +67,15 @@ class PolyheadTrainer(Trainer):
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         plugins: Any = None,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_progress_bar: bool | None = None,
         **others: Any,
     ) -> None:
+        # A bar of ours unless there is another or none is wanted; it may not stand in trainer.yaml, whose list a
+        # person replaces when they ask for a callback
+        shown = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
+        if enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in shown):
+            shown = [*shown, Progress()]
         given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
         if not any(isinstance(p, CheckpointIO) for p in given):
             given = [*given, WholeCheckpoints()]
@@ -74,6 +87,8 @@ class PolyheadTrainer(Trainer):
             limit_test_batches=limit_test_batches,
             limit_predict_batches=limit_predict_batches,
             plugins=given,
+            callbacks=shown,
+            enable_progress_bar=enable_progress_bar,
             **others,
         )
 
@@ -167,14 +182,14 @@ class PolyheadTrainer(Trainer):
         datamodule.trainer = self
         datamodule.setup("fit")
         count = sum(p.numel() for p in model.parameters())
-        steps = datamodule.steps_per_epoch()
+        length = f"{self.max_epochs} epochs of {datamodule.steps_per_epoch()} steps"
         stop = [c for c in self.early_stopping_callbacks if isinstance(c, EarlyStopping)]
         lines = {
             "model": f"{type(model).__name__}, {count / 1e6:.2f} M parameters",
             "data": datamodule.root or "embedded sample",
             **datamodule.plan(),
             "batch": f"{datamodule.batch_size}, {datamodule.num_workers} workers",
-            "length": f"{self.max_epochs} epochs of {steps} steps"
+            "length": (f"{self.max_steps} steps" if self.max_steps > 0 else length)
             + (f", stopped early on {stop[0].monitor}" if stop else ""),
             "device": f"{self.strategy.root_device}, precision {self.precision}, {torch.get_num_threads()} threads",
             "output": str(self.folder),
@@ -280,13 +295,20 @@ class PolyheadTrainer(Trainer):
         self.strategy.barrier()
         if rank == 0:
             predictions.join_errors(self.folder)
+        samples, errors = (self._sum(n) for n in (callback.samples, callback.errors))
         before = f" ({len(datamodule.done):,} were done before)" if datamodule.done else ""
-        say(f"{callback.samples:,} samples predicted in {self.folder / 'predictions'}{before}")
-        if callback.errors:
-            text = f"{callback.errors:,} samples could not be read: {self.folder / 'errors.parquet'} says why"
+        if self.is_global_zero:
+            say(f"{samples:,} samples predicted in {self.folder / 'predictions'}{before}")
+        if errors:
+            text = f"{errors:,} samples could not be read: {self.folder / 'errors.parquet'} says why"
             if strict:
                 raise UserError(text)
-            say(text)
+            if self.is_global_zero:
+                say(text)
+
+    def _sum(self, count: int) -> int:
+        """A count of all processes."""
+        return int(self.strategy.reduce(torch.tensor(count, device=self.strategy.root_device), reduce_op="sum"))
 
     def export(
         self,
@@ -335,6 +357,8 @@ class PolyheadTrainer(Trainer):
         from polyhead.explain import explain
 
         assert datamodule is not None
+        if limit < 1:
+            raise UserError(f"--limit is {limit}: at least 1 is needed")
         count, failed = explain(model, datamodule, self.folder / "explain", limit)
         say(f"{count} samples explained in {self.folder / 'explain'}")
         if failed:

@@ -181,6 +181,14 @@ CASES: dict[str, list[str]] = {
     "fit DIGITS --model.freeze [backbon]": ["model.freeze: the network has no parameters named backbon..."],
     "fit DIGITS --model.optimizer.lr x": ["--model.optimizer.lr is 'x': a number is needed"],
     "fit DIGITS --model.optimizer.lr -1": ["model.optimizer cannot be made: Invalid learning rate: -1.0"],
+    "fit DIGITS --model.ema_decay 2": ["model.ema_decay is 2: it must be between 0 and 1"],
+    'fit DIGITS --model.lr_scale={"nothing":3}': ["model.lr_scale names 'nothing', with which no weight's name begins"],
+    'fit DIGITS --model.lr_scale={"network":0}': [
+        "model.optimizer cannot be made: optimizer got an empty parameter list"
+    ],
+    "fit DIGITS --last.every_n_steps 0": ["last.every_n_steps is 0: at least 1 is needed"],
+    "fit DIGITS --seed_everything true": ["--seed_everything is true or false: a whole number is needed"],
+    "explain --ckpt_path digits/bundle --limit 0": ["--limit is 0: at least 1 is needed"],
     "fit DIGITS --mode best": ["--mode is 'best': one of min, max is needed"],
     "fit DIGITS --seed_everything abc": ["--seed_everything is 'abc': true or false or a whole number is needed"],
     "fit DIGITS --resume=perhaps --output run": ["--resume is 'perhaps': true or false is needed"],

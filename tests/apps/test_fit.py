@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from polyhead.predictions import read_errors, read_predictions
 from tests.apps.conftest import ONE_BATCH, TOY
 from tests.command import Done, polyhead
 
@@ -278,6 +280,31 @@ def test_a_teacher_s_bundle_is_learned_from(pets_run: Path, pets: Path, tmp_path
         # The teacher is not part of the student
         assert bundle_weights(run).keys() == bundle_weights(pets_run).keys()
     assert not equal(bundle_weights(tmp_path / "soft"), bundle_weights(tmp_path / "hard"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    """One run folder, one report, every sample predicted once, with a moving average too."""
+    import subprocess
+    import sys
+
+    def run(*words: object) -> str:
+        command = [sys.executable, "-m", "apps", *map(str, words), "--trainer.strategy=ddp", "--trainer.devices=2",
+                   "--trainer.accelerator=cpu"]  # fmt: skip
+        home = str(Path(__file__).parents[2])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": home}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    run("fit", "--config", TOY, "--trainer.max_epochs=2", "--model.ema_decay=0.9")
+    (folder,) = (tmp_path / "runs/toy").iterdir()
+    assert [r["step"] for r in curves(folder)] == ["4", "8"] and (folder / "report.html").is_file()
+    said = run("predict", "--ckpt_path", folder / "bundle", "--data.bad=7", "--output", "p")
+    assert "34 samples predicted in p/predictions\n6 samples could not be read" in said
+    ids = read_predictions(tmp_path / "p")["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 34 and len(read_errors(tmp_path / "p")) == 6
+    assert [p.name for p in (tmp_path / "p").glob("errors*")] == ["errors.parquet"]
 
 
 # Evaluation and pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,20 @@ def test_the_average_is_what_the_docstring_says(tmp_path: Path) -> None:
     after = dict(system.state_dict())
     assert all(torch.allclose(v.float(), mean[k].float(), atol=1e-6) for k, v in after.items())
     assert torch.allclose(evaluated[0], mean["network.0.weight"], atol=1e-6)
+
+
+def test_copies_share_the_factories_and_leave_the_trainer(tmp_path: Path) -> None:
+    """Those of a command hold the command, and so the data: the average must not copy them."""
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    system = Toy(FACTS, optimizer=optimizer)
+    fitted = trainer(tmp_path, max_epochs=1)
+    fitted.fit(system, datamodule=ToyData())
+    twin = copy.deepcopy(system)
+    assert twin.optimizer is optimizer and twin._trainer is None and system._trainer is fitted
+    assert all(torch.equal(v, system.state_dict()[k]) for k, v in twin.state_dict().items())
+    twin.network[0].weight.data.zero_()
+    assert bool(system.network[0].weight.any())
+    assert isinstance(twin, Toy) and twin.classes == system.classes and twin.classes is not system.classes
 
 
 # Metrics
