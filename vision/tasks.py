@@ -79,6 +79,16 @@ class ImageClassifier(Classifier):
         **system: Any,
     ) -> None:
         super().__init__(facts, **system)
+        for option, share in {"label_smoothing": label_smoothing, "distillation_weight": distillation_weight}.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"model.{option} is {share:g}: it must be between 0 and 1")
+        for option, strength in {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}.items():
+            if strength < 0:
+                raise UserError(f"model.{option} is {strength:g}: it must be 0 or more")
+        if temperature <= 0:
+            raise UserError(f"model.temperature is {temperature:g}: it must be above 0")
+        if unfreeze_at is not None and not freeze:
+            raise UserError("model.unfreeze_at thaws what model.freeze names, and that names nothing")
         self.network = create_backbone(
             backbone, num_classes=len(self.classes), pretrained=pretrained, **(backbone_options or {})
         )

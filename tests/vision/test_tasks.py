@@ -190,6 +190,19 @@ def test_heads_are_what_may_be_new() -> None:
     assert set(classifier().head_prefixes()) == {"network.head.l"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 1.1}, {"distillation_weight": -0.1}, {"mixup_alpha": -1.0}, {"cutmix_alpha": -0.5},
+        {"temperature": 0.0}, {"unfreeze_at": 2},
+    ],
+)  # fmt: skip
+def test_numbers_without_sense_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UserError, match=f"model.{name}"):
+        classifier(**options)
+
+
 # Freezing
 
 
