@@ -174,7 +174,7 @@ class ImageClassifier(Classifier):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize what depends on the image size, where the network knows how."""
-        adapt = getattr(self.network, "adapt_state_dict", None)
+        adapt = getattr(self.network, "resize_state", None)
         if adapt is None:
             return state
         inner = adapt({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
