@@ -113,8 +113,11 @@ class PolyheadCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=[subcommand, *arguments],
             )
-        except BaseException:
+        except BaseException as error:
             self._take_back()
+            # Lightning makes an interrupt an exit with status 1
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt(*self._how_to_go_on()) from error
             raise
 
     # Parser
@@ -427,6 +430,15 @@ class PolyheadCLI(LightningCLI):
             for path in self.made:
                 with suppress(OSError):
                     path.rmdir() if path.is_dir() else path.unlink()
+
+    def _how_to_go_on(self) -> list[str]:
+        """The command that continues an interrupted one, where there is something to continue."""
+        part = {"fit": "checkpoints/last.ckpt", "predict": "errors.parquet"}.get(self.only)
+        if part is None or not (self.output / part).exists():
+            return []
+        words = [word for word in self.words if self.only == "predict" and word not in ("--overwrite", "--resume")]
+        output = [] if self.given.output and words else ["--output", str(self.output)]
+        return [f"go on with: polyhead {shlex.join([self.only, *words, *output])} --resume"]
 
     def instantiate_classes(self) -> None:
         # A network whose weights are loaded next needs no pretrained ones

@@ -114,8 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     try:
         return dispatch(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("polyhead: interrupted", file=sys.stderr)
+        for hint in interrupt.args:
+            print(f"  {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

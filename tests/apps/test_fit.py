@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback, Trainer
 from safetensors.torch import load_file
 
 from polyhead.predictions import read_errors, read_predictions
@@ -220,6 +221,46 @@ def test_a_thawed_body_goes_on_from_the_middle_of_an_epoch(tmp_path: Path) -> No
     assert equal(broken, whole)
     name = "network.blocks1.0.conv.m.c.weight"
     assert not torch.equal(middle[name], broken[name])
+
+
+class Interrupt(Callback):
+    """What Ctrl-C does, at a step of a training or a batch of a prediction."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_call_says_how_to_go_on(tmp_path: Path) -> None:
+    def stop(step: int) -> str:
+        callback = {"class_path": "tests.apps.test_fit.Interrupt", "init_args": {"step": step}}
+        return f"--trainer.callbacks+={json.dumps(callback)}"
+
+    early = polyhead("fit", "--config", TOY, stop(1), "--output", "early", cwd=tmp_path)
+    assert early.status == 130 and early.err.endswith("polyhead: interrupted\n")
+    assert not (tmp_path / "early").exists()
+    fit = polyhead("fit", "--config", TOY, stop(12), "--output", "run", cwd=tmp_path)
+    assert fit.status == 130
+    assert fit.err.endswith("polyhead: interrupted\n  go on with: polyhead fit --output run --resume\n")
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace("step: 12", "step: -1"))
+    ok(polyhead("fit", "--output", "run", "--resume", cwd=tmp_path))
+    words = ("--ckpt_path", "run/bundle", "--data.batch_size=3")
+    predict = polyhead("predict", *words, stop(4), cwd=tmp_path)
+    assert predict.status == 130
+    (folder,) = (tmp_path / "runs/run").iterdir()
+    said = predict.err.splitlines()[-1]
+    assert said.startswith("  go on with: polyhead predict --ckpt_path run/bundle --data.batch_size=3")
+    assert said.endswith(f"--output {folder.relative_to(tmp_path)} --resume")
+    ok(polyhead("predict", *words, "--output", folder, "--resume", cwd=tmp_path))
+    assert len(read_predictions(folder)) == 40
 
 
 def test_init_from_takes_weights_and_nothing_else(digits_run: Path, tmp_path: Path) -> None:
