@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -17,7 +18,8 @@ def run(command: str, dotted: str, arguments: list[str]) -> int:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise plain(message, ex, Call(command, arguments))
+            names = lambda: inspect.signature(function).parameters  # noqa: E731
+            raise plain(message, ex, Call(command, arguments, options=names))
 
     options: dict[str, Any] = {"as_positional": False, "allow_abbrev": False, "prog": f"polyhead {command}"}
     auto_cli(function, args=arguments, parser_class=Parser, **options)

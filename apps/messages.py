@@ -148,7 +148,7 @@ def _did_you_mean(names: Iterable[str]) -> list[str]:
 
 def _begins_or_near(name: str, options: Sequence[str]) -> list[str]:
     begins = [o for o in options if name and o.startswith(name)]
-    return (begins or nearest(name, options))[:1]
+    return begins[:3] or nearest(name, options)[:1]
 
 
 def _near_option(name: str, options: Iterable[str]) -> list[str]:

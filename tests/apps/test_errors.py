@@ -133,7 +133,10 @@ CASES: dict[str, list[str]] = {
         "unknown option --trainer.max_epoch",
         "  did you mean --trainer.max_epochs?",
     ],
-    "fit DIGITS --trainer.max 3": ["unknown option --trainer.max", "  did you mean --trainer.max_epochs?"],
+    "fit DIGITS --trainer.max 3": [
+        "unknown option --trainer.max",
+        "  did you mean --trainer.max_epochs, --trainer.max_steps, --trainer.max_time?",
+    ],
     "fit DIGITS --lr 3": ["unknown option --lr", "  did you mean --model.optimizer.lr?"],
     "fit DIGITS --epochs 3": [
         "unknown option --epochs",
@@ -451,6 +454,8 @@ CASES: dict[str, list[str]] = {
     # Our own subcommands
     "models nonsense": ["no model is called 'nonsense'", "  `polyhead models` lists all"],
     "models --jso": ["models has no option --jso", "  did you mean --json?"],
+    "tile": ["tile needs --slides"],
+    "tile --slide x": ["unknown option --slide", "  did you mean --slide_mpp, --slides?"],
     "doctor --foo": ["doctor takes --config and --data options, not --foo"],
     "doctor --data.root nowhere": ["no such file or folder: nowhere"],
     "doctor --data.rot pets": ["--data.rot: vision.ImageData has no option 'rot'", "  did you mean root?"],
