@@ -91,6 +91,7 @@ class BagSamples:
         sample: dict[str, Any] = {"id": bag.id, "features": features}
         if self.numbers is not None and bag.label is not None:
             sample["label"] = torch.tensor(self.numbers[bag.label])
+            sample["group"] = bag.group or bag.id
         if "key" in got.meta:
             truth = np.zeros(len(got.features), dtype=np.int64)
             truth[got.meta["key"]] = 1
@@ -343,7 +344,8 @@ class BagData(DataModule):
             (item,) = good
             single = {k: v[None] for k, v in item.items() if isinstance(v, Tensor)}
             present = torch.ones(1, len(item["features"]), dtype=torch.bool)
-            return {"id": [item["id"]], **single, "present": present, "errors": []}
+            names = {k: [item[k]] for k in ("id", "group") if k in item}
+            return {**names, **single, "present": present, "errors": []}
         longest = max((len(item["features"]) for item in good), default=0)
         padded: list[dict[str, Any] | Unreadable] = [i for i in items if isinstance(i, Unreadable)]
         for item in good:

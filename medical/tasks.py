@@ -13,7 +13,6 @@ from torchmetrics.classification import BinaryAUROC
 from medical.acmil import ACMIL, bag_attention, losses
 from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
-from polyhead.errors import UserError
 from polyhead.system import Signature
 
 # Bags above this are predicted in pieces
@@ -113,12 +112,8 @@ class SlideClassifier(Classifier):
         return metrics
 
     def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
-        if "label" not in batch:
-            raise UserError("the bags have no labels: give --data.labels TABLE")
         outputs = self(batch)
-        for name, metric in metrics.items():
-            if name != "instance_auroc":
-                metric.update(outputs["probabilities"].float(), batch["label"])
+        self.measure(metrics, outputs["probabilities"], batch)
         truth = batch.get("instance_label")
         if truth is not None:
             # Of bags with both kinds: where all or none are key instances there is nothing to rank

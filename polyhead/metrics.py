@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torchmetrics import MetricCollection
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -11,6 +16,35 @@ from torchmetrics.classification import (
     MulticlassF1Score,
     MulticlassRecall,
 )
+
+RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "recall", "confusion")
+
+
+class Rows(Metric):
+    """All probabilities `[N, K]`, labels `[N]` and groups `[N]` of an evaluation, for intervals and pictures.
+
+    Computes float64 `[N, K + 2]`: the probabilities, the label, and a number that samples of one group share.
+    """
+
+    full_state_update = False
+    probabilities: list[Tensor]
+    label: list[Tensor]
+    group: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("probabilities", "label", "group"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, label: Tensor, groups: Sequence[str]) -> None:
+        self.probabilities.append(probabilities.detach().double())
+        self.label.append(label)
+        numbers = [int.from_bytes(hashlib.blake2b(g.encode(), digest_size=6).digest(), "big") for g in groups]
+        self.group.append(torch.tensor(numbers, dtype=torch.int64, device=label.device))
+
+    def compute(self) -> Tensor:
+        parts = [torch.cat(list(v)) if isinstance(v, list) else v for v in (self.probabilities, self.label, self.group)]
+        return torch.cat([parts[0], parts[1].double()[:, None], parts[2].double()[:, None]], 1)
 
 
 def classification_metrics(classes: int) -> MetricCollection:

@@ -255,7 +255,8 @@ class PictureData(DataModule):
         if split != "train":
             budget = budget if split == "val" else None
             fetch = self._fetch(entries, self.square.needed)
-            samples = Pictures(ids, fetch, ready, labels, budget=budget)
+            groups = [e.group or e.id for e in entries] if any(e.group for e in entries) else None
+            samples = Pictures(ids, fetch, ready, labels, budget=budget, groups=groups)
         else:
             side = round(MARGIN * max(self.image_size, self.square.needed))
             keep = self.cache == "ram"

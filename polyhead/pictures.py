@@ -199,6 +199,7 @@ class Pictures:
         augment: applied to what `ready` gives, in training.
         seed: of the augmentation.
         budget: what may be remembered, or None for nothing. What is remembered never changes a sample.
+        groups: what each sample belongs to (a patient), or None; becomes `group`.
     """
 
     def __init__(
@@ -207,11 +208,12 @@ class Pictures:
         fetch: Callable[[int], Image.Image],
         ready: Callable[[Image.Image], Image.Image] | None,
         labels: np.ndarray | None = None,
-        augment: Augment | None = None,
+        augment: Callable[[Image.Image, torch.Generator], Tensor] | None = None,
         seed: int = 0,
         budget: Budget | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
-        self.ids, self.labels = ids, labels
+        self.ids, self.labels, self.groups = ids, labels, groups
         self._fetch, self._ready, self._augment = fetch, ready, augment
         self._seed, self._budget = seed, budget
         self._memory: list[np.ndarray | None] = [None] * (len(ids) if budget is not None else 0)
@@ -233,6 +235,8 @@ class Pictures:
         sample: dict[str, Any] = {"id": self.ids[index], "image": tensor}
         if self.labels is not None:
             sample["label"] = torch.tensor(self.labels[index], dtype=torch.int64)
+        if self.groups is not None:
+            sample["group"] = self.groups[index]
         return sample
 
     def _read(self, index: int) -> Image.Image:

@@ -14,6 +14,7 @@ from polyhead import bundle
 from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
 from polyhead.errors import UserError
+from polyhead.freezing import Freezing
 from polyhead.system import Signature, System
 from vision.backbones import create_backbone, normalisation
 from vision.explain import class_maps, heat_picture
@@ -29,7 +30,7 @@ def example_images(batch: int, height: int, width: int) -> Tensor:
     return ((torch.stack(waves).view(batch, 3, height, width) + 1) * 127.5).to(torch.uint8)
 
 
-class ImageClassifier(Classifier):
+class ImageClassifier(Freezing, Classifier):
     """Single-label classification of images with any backbone.
 
     Takes uint8 RGB images `image [B, 3, H, W]`; gives `logits [B, K]` and `probabilities [B, K]`.
@@ -87,8 +88,6 @@ class ImageClassifier(Classifier):
                 raise UserError(f"model.{option} is {strength:g}: it must be 0 or more")
         if temperature <= 0:
             raise UserError(f"model.temperature is {temperature:g}: it must be above 0")
-        if unfreeze_at is not None and not freeze:
-            raise UserError("model.unfreeze_at thaws what model.freeze names, and that names nothing")
         self.network = create_backbone(
             backbone, num_classes=len(self.classes), pretrained=pretrained, **(backbone_options or {})
         )
@@ -97,8 +96,6 @@ class ImageClassifier(Classifier):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
         self.image_size, self.label_smoothing = image_size, label_smoothing
         self.class_weights, self.flip_tta = class_weights, flip_tta
-        self.frozen = list(freeze or [])
-        self.unfreeze_at = unfreeze_at
         self.teacher_name, self.distillation = teacher, distillation
         self.distillation_weight, self.temperature = distillation_weight, temperature
         # In a list, so that the teacher is no part of the student's weights
@@ -111,7 +108,7 @@ class ImageClassifier(Classifier):
         if mixup_alpha > 0:
             mixers.append(v2.MixUp(alpha=mixup_alpha, num_classes=count))
         self.mix = v2.RandomChoice(mixers) if mixers else None
-        self._set_frozen(True)
+        self.freeze(freeze, unfreeze_at)
 
     # Network
 
@@ -166,12 +163,6 @@ class ImageClassifier(Classifier):
         copy.network = fold()
         return copy.eval()
 
-    def head_prefixes(self) -> list[str]:
-        """Where the classifier's weights are: they may be new when starting from other weights."""
-        heads = {id(p) for p in self._classifier_parameters()}
-        names = [n for n, p in self.named_parameters() if id(p) in heads]
-        return [n.rsplit(".", 1)[0] for n in names]
-
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize what depends on the image size, where the network knows how."""
         adapt = getattr(self.network, "resize_state", None)
@@ -180,60 +171,10 @@ class ImageClassifier(Classifier):
         inner = adapt({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
         return {**state, **{f"network.{k}": v for k, v in inner.items()}}
 
-    def _classifier_parameters(self) -> list[nn.Parameter]:
+    def head_parameters(self) -> list[nn.Parameter]:
         heads = self.network.get_classifier()  # type: ignore[operator]
         heads = heads if isinstance(heads, (tuple, list)) else [heads]
         return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
-
-    # Freezing
-
-    def _frozen_names(self) -> list[str]:
-        heads = {id(p) for p in self._classifier_parameters()}
-        return [
-            name for name, p in self.network.named_parameters()
-            if any(name.startswith(f) for f in self.frozen if f != "backbone")
-            or ("backbone" in self.frozen and id(p) not in heads)
-        ]  # fmt: skip
-
-    def _set_frozen(self, frozen: bool) -> None:
-        names = set(self._frozen_names())
-        unknown = [f for f in self.frozen if f != "backbone" and not any(n.startswith(f) for n in names)]
-        if unknown:
-            raise UserError(f"model.freeze: the network has no parameters named {unknown[0]}...")
-        for name, parameter in self.network.named_parameters():
-            if name in names:
-                parameter.requires_grad_(not frozen)
-        self._frozen_now = frozen and bool(names)
-        self._frozen_set = names
-
-    def train(self, mode: bool = True) -> ImageClassifier:
-        super().train(mode)
-        if mode and getattr(self, "_frozen_now", False):
-            for name, module in self.network.named_modules():
-                own = [f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)]
-                if own and all(n in self._frozen_set for n in own):
-                    module.eval()
-        return self
-
-    def configure_optimizers(self) -> Any:
-        # What is thawed later must be known to the optimiser from the start
-        later = self.unfreeze_at is not None and self._frozen_now
-        if later:
-            self._set_frozen(False)
-        configured = super().configure_optimizers()
-        if later:
-            self._set_frozen(True)
-        return configured
-
-    def on_train_start(self) -> None:
-        # A run that goes on inside an epoch does not start it again
-        self.on_train_epoch_start()
-
-    def on_train_epoch_start(self) -> None:
-        if self.unfreeze_at is not None:
-            self._set_frozen(self.current_epoch < self.unfreeze_at)
-        # Lightning leaves the modes as it finds them: without this, frozen batch norms would go on averaging
-        self.train()
 
     # Losses
 
@@ -282,10 +223,8 @@ class ImageClassifier(Classifier):
         return teacher.network((x * self.std + self.mean - teacher.mean) / teacher.std)  # type: ignore[operator]
 
     def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
-        if "label" not in batch:
-            raise UserError("the data have no labels: put the files in class folders or name a label column")
         outputs = self.outputs(image=batch["image"])
-        metrics.update(outputs["probabilities"].float(), batch["label"])
+        self.measure(metrics, outputs["probabilities"], batch)
         return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
 
     def explain(self, batch: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:

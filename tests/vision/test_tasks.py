@@ -176,7 +176,8 @@ def test_results_name_the_classes() -> None:
     assert [named[f"recall.{c}"] for c in CLASSES] == pytest.approx(recalls)
     assert named["balanced_accuracy"] == pytest.approx(sum(recalls) / 3)
     assert {"f1_macro", "auroc", "ece"} <= named.keys() and "confusion" not in named
-    assert list(system.figures("val")) == ["Confusion matrix"] and system.figures("test") == {}
+    drawn = ["Confusion matrix", "ROC", "Precision and recall", "Calibration"]
+    assert list(system.figures("val")) == drawn and system.figures("test") == {}
 
 
 def test_pictures_without_labels_cannot_be_evaluated() -> None:
