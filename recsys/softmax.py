@@ -1,0 +1,161 @@
+"""Cross entropy against a softmax over all items, without keeping the scores of all positions.
+
+One function serves the recommendation and the distillation loss: scores are made for a few rows at a time and the
+gradients come out with them, so that nothing of size rows x items outlives its chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements in a chunk of scores: on a CPU they stay in its cache, a GPU is best fed by one chunk
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+# exp of a larger number is no float32 any more
+LARGEST = 87.0
+# Added to a probability before its logarithm is taken; below the second number it changes a gradient by over 1e-4
+FLOOR, FLOOR_MATTERS = math.log(1e-24), -46.0
+
+
+class Targets(NamedTuple):
+    """A distribution over items a row: `share [R]` on every item (None is 0), and more where there is `weight`.
+
+    `row`, `item` and `weight` are `[M]`; rows ascend and a pair of row and item occurs once.
+    """
+
+    row: Tensor
+    item: Tensor
+    weight: Tensor
+    share: Tensor | None = None
+
+    def part(self, rows: slice) -> Targets:
+        """Those of a range of rows, counted from its first."""
+        bounds = torch.searchsorted(self.row, torch.tensor([rows.start, rows.stop], device=self.row.device)).tolist()
+        own = slice(*bounds)
+        share = None if self.share is None else self.share[rows]
+        return Targets(self.row[own] - rows.start, self.item[own], self.weight[own], share)
+
+    def dense(self, rows: int, items: int) -> Tensor:
+        """`[R, N]`."""
+        whole = self.weight.new_zeros(rows, items)
+        if self.share is not None:
+            whole += self.share[:, None]
+        whole[self.row, self.item] += self.weight
+        return whole
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, table: Tensor, targets: Targets, padding_class: bool, floor: bool, chunk: int
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, *grads = _forward(
+                hidden.detach().float(), table.detach().float(), targets, padding_class, floor, chunk,
+                any(ctx.needs_input_grad[:2]),
+            )  # fmt: skip
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = hidden.dtype, table.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        by_hidden, by_table = ((g * grad).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return by_hidden, by_table, None, None, None, None
+
+
+def _forward(
+    hidden: Tensor, table: Tensor, targets: Targets, padding_class: bool, floor: bool, chunk: int, grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, and its gradients by `hidden` and `table`."""
+    rows, items = len(hidden), len(table)
+    cpu = hidden.device.type == "cpu"
+    # Scores lie within +-reach; on a GPU the host would have to wait to know it, and another pass costs less
+    reach = float(hidden.norm(dim=1).max() * table.norm(dim=1).max()) if cpu and rows else math.inf
+    small = reach + math.log(items + 1) < LARGEST
+    by_hidden, by_table = torch.zeros_like(hidden), torch.zeros_like(table)
+    loss = hidden.new_zeros(rows)
+    # Rows of chunks whose loss is complete: the others lack what their targets give
+    whole = [] if floor or not rows else [slice(0, rows)]
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        h = hidden[part]
+        z = h @ table.T
+        if floor and (not cpu or _reaches_floor(z, reach)):
+            loss[part], z = _floored(z, targets.part(part) if rows > chunk else targets)
+            scale = None
+        else:
+            if floor:
+                whole.append(part)
+            top = None if small else z.amax(1, keepdim=True).clamp_min(0 if padding_class else -math.inf)
+            z = z.exp_() if top is None else z.sub_(top).exp_()
+            mass = z.sum(1, keepdim=True)
+            if padding_class:
+                mass = mass + (1.0 if top is None else (-top).exp())
+            logs = mass.log() if top is None else mass.log() + top
+            loss[part] = logs[:, 0]
+            scale = mass.reciprocal()
+        if grads:
+            by_hidden[part] = z @ table if scale is None else (z @ table) * scale
+            by_table.addmm_(z.T, h if scale is None else h * scale)
+    for part in whole:
+        own = targets.part(part) if floor else targets
+        _add_targets(loss[part], by_hidden[part], by_table, hidden[part], table, own)
+    return loss.sum(), by_hidden, by_table
+
+
+def _reaches_floor(z: Tensor, reach: float) -> bool:
+    """Whether a log probability may be so small that the floor counts; bounds first, they cost nothing."""
+    items = math.log(z.shape[1])
+    return -2 * reach - items < FLOOR_MATTERS and float((z.amin(1) - z.amax(1)).min()) - items < FLOOR_MATTERS
+
+
+def _floored(z: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """-sum p log(q + 1e-24) of each row, and its gradient by the scores: q sum(r) - r with r = p q / (q + 1e-24)."""
+    wanted = targets.dense(*z.shape)
+    logs = z - z.logsumexp(1, keepdim=True)
+    floored = torch.logaddexp(logs, logs.new_tensor(FLOOR))
+    loss = -(wanted * floored).sum(1)
+    reached = wanted * (logs - floored).exp_()
+    return loss, logs.exp_() * reached.sum(1, keepdim=True) - reached
+
+
+def _add_targets(
+    loss: Tensor, by_hidden: Tensor, by_table: Tensor, hidden: Tensor, table: Tensor, targets: Targets
+) -> None:
+    """Add what the targets give to the loss and its gradients, in place: all but the normalisation."""
+    row, item, weight, share = targets
+    h, e = hidden[row], table[item]
+    loss.index_add_(0, row, -weight * (h * e).sum(1))
+    by_hidden.index_add_(0, row, e * -weight[:, None])
+    by_table.index_add_(0, item, h * -weight[:, None])
+    if share is not None:
+        everything = table.sum(0)
+        loss -= share * (hidden @ everything)
+        by_hidden -= share[:, None] * everything
+        by_table -= share @ hidden
+
+
+def cross_entropy(
+    hidden: Tensor, table: Tensor, targets: Targets, padding_class: bool = False, floor: bool = False,
+    chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The mean over rows of -sum_j p_j log q_j, q = softmax(hidden table^T), p as `targets` say (summing to 1).
+
+    Args:
+        hidden: `[R, d]`.
+        table: `[N, d]`.
+        targets: p.
+        padding_class: one more class with the score 0 in the softmax, which is never a target.
+        floor: take log(q + 1e-24), as the published distillation loss does.
+        chunk: rows at a time; by the size of `table` when None.
+
+    Returns:
+        A scalar, differentiable once by `hidden` and `table`.
+    """
+    size = chunk or max(32, CHUNK.get(hidden.device.type, CHUNK["cpu"]) // len(table))
+    total = _CrossEntropy.apply(hidden, table, targets, padding_class, floor, size)
+    return total / max(1, len(hidden))
