@@ -344,7 +344,7 @@ class BagData(DataModule):
             (item,) = good
             single = {k: v[None] for k, v in item.items() if isinstance(v, Tensor)}
             present = torch.ones(1, len(item["features"]), dtype=torch.bool)
-            names = {k: [item[k]] for k in ("id", "group") if k in item}
+            names: dict[str, Any] = {k: [item[k]] for k in ("id", "group") if k in item}
             return {**names, **single, "present": present, "errors": []}
         longest = max((len(item["features"]) for item in good), default=0)
         padded: list[dict[str, Any] | Unreadable] = [i for i in items if isinstance(i, Unreadable)]

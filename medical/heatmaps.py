@@ -31,9 +31,7 @@ def scaled(attention: np.ndarray, how: Scale, zoom: float = 1.0) -> np.ndarray:
     return rankdata(attention) / len(attention)
 
 
-def paint(
-    scores: np.ndarray, coords: np.ndarray, patch: int, size: tuple[int, int], downsample: float
-) -> np.ndarray:
+def paint(scores: np.ndarray, coords: np.ndarray, patch: int, size: tuple[int, int], downsample: float) -> np.ndarray:
     """Scores of patches as a map `[h, w]` float64, averaged where patches overlap, NaN where none is.
 
     Args:

@@ -16,6 +16,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins import TorchCheckpointIO
 
+from polyhead.columns import rows
 from polyhead.errors import UserError
 from polyhead.files import atomic_write, write_text
 from polyhead.predictions import PredictionWriter
@@ -184,7 +185,7 @@ class WritePredictions(Callback):
         self.errors += len(batch["errors"])
         self.samples += len(batch["id"])
         if outputs:
-            self.writer.add({"id": batch["id"], **outputs})
+            self.writer.add(rows(batch["id"], outputs))
         if time.monotonic() - self._written > self.every_seconds:
             self.writer.flush()
             self._written = time.monotonic()

@@ -10,15 +10,23 @@ import numpy as np
 from polyhead.errors import UserError
 
 
-def classification(outputs: dict[str, np.ndarray], classes: Sequence[str]) -> dict[str, Any]:
-    """`label` (the most probable class), `score` (its probability), `probabilities` in class order."""
+def classification(
+    outputs: dict[str, np.ndarray], classes: Sequence[str], positive: str | None = None, threshold: float = 0.5
+) -> dict[str, Any]:
+    """`label` (the most probable class), `score` (its probability), `probabilities` in class order.
+
+    With a `positive` class also `alert`: whether its probability reaches the threshold.
+    """
     probabilities = np.asarray(outputs["probabilities"], dtype=np.float32)
     best = probabilities.argmax(1)
-    return {
+    columns = {
         "label": [classes[i] for i in best],
         "score": probabilities[np.arange(len(best)), best],
         "probabilities": probabilities,
     }
+    if positive is not None:
+        columns["alert"] = probabilities[:, list(classes).index(positive)] >= threshold
+    return columns
 
 
 def bag_classification(outputs: dict[str, np.ndarray], classes: Sequence[str], top: int = 10) -> dict[str, Any]:
@@ -33,9 +41,43 @@ def bag_classification(outputs: dict[str, np.ndarray], classes: Sequence[str], t
     return {**classification(outputs, classes), "instances": counts.astype(np.int64), "top": best}
 
 
+def next_event(outputs: dict[str, np.ndarray], types: Sequence[str]) -> dict[str, Any]:
+    """`next_type`, `next_score` (its probability), `type_probabilities`, `wait_mean`, `wait_low`, `wait_median`,
+    `wait_high` of what `wait` holds: the mean and the 5, 50 and 95 % quantiles of the waiting time."""
+    named = classification({"probabilities": outputs["type_probabilities"]}, types)
+    wait = np.asarray(outputs["wait"], dtype=np.float32)
+    kinds = {"next_type": named["label"], "next_score": named["score"], "type_probabilities": named["probabilities"]}
+    return kinds | {f"wait_{name}": wait[:, i] for i, name in enumerate(("mean", "low", "median", "high"))}
+
+
+def ranked(outputs: dict[str, np.ndarray], names: Sequence[Any]) -> dict[str, Any]:
+    """A row for each of a sample's `items` `[B, K]`, best first: `part` (the place from 0), `item`, `score`, `fallback`.
+
+    Places that hold no item, having the number `len(names)`, give no row.
+    """
+    items, scores = np.asarray(outputs["items"]), np.asarray(outputs["scores"], dtype=np.float32)
+    sample, place = np.nonzero(items < len(names))
+    return {
+        "sample": sample,
+        "part": place.astype(np.int32),
+        "item": [names[i] for i in items[sample, place]],
+        "score": scores[sample, place],
+        "fallback": np.asarray(outputs["fallback"])[sample],
+    }
+
+
+def rows(ids: Sequence[str], columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns with their `id`. Where a sample gives several rows (or none), `sample` says which one each is of."""
+    columns = dict(columns)
+    sample = columns.pop("sample", None)
+    return {"id": list(ids) if sample is None else [ids[i] for i in sample], **columns}
+
+
 COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {
     "classification": classification,
     "bag_classification": bag_classification,
+    "ranked": ranked,
+    "next_event": next_event,
 }
 
 

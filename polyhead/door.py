@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyhead import bundle
+from polyhead.columns import rows as by_row
 from polyhead.data import DataModule
 from polyhead.errors import BadSample
 from polyhead.explain import move
@@ -49,8 +50,6 @@ class Model:
         return rows
 
     def _batch(self, samples: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
-        from polyhead.data import collate
-
         good: list[dict[str, Any]] = []
         bad: dict[int, dict[str, Any]] = {}
         for index in indices:
@@ -60,7 +59,7 @@ class Model:
                 bad[index] = {"id": samples.ids[index], "error": str(error)}
         rows: list[dict[str, Any]] = []
         if good:
-            batch = move(collate(list(good)), self.system.device)
+            batch = move(self.data.collate(list(good)), self.system.device)
             columns = {"id": batch["id"], **self.system.columns(batch, self.system(batch))}
             lists = [_listed(values) for values in columns.values()]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]

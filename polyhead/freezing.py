@@ -13,11 +13,11 @@ from polyhead.system import System
 class Freezing(System):
     """A System of which named parts are not trained; their norms keep their statistics.
 
-    A subclass calls `freeze(names, unfreeze_at)` once its network is built, and says which parameters are its
+    A subclass calls `freeze_parts(names, unfreeze_at)` once its network is built, and says which parameters are its
     head (`head_parameters`).
     """
 
-    def freeze(self, names: list[str] | None, unfreeze_at: int | None = None) -> None:
+    def freeze_parts(self, names: list[str] | None, unfreeze_at: int | None = None) -> None:
         """Freeze parameters by name.
 
         Args:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from polyhead.data import DataModule, Samples, Split
-from polyhead.decoding import MAX_PIXELS, decode_image
+from polyhead.decoding import MAX_PIXELS
 from polyhead.errors import BadSample, UserError, nearest
-from polyhead.pictures import MARGIN, Arrays, Augment, Budget, Files, Pictures, Raw, Resize, Square, shrink
-from polyhead.sources import Entry, Location, existing, find, read_bytes
+from polyhead.pictures import MARGIN, Arrays, Augment, Budget, Files, Pictures, Raw, Resize, Square, Transform, shrink
+from polyhead.sources import IMAGE_SUFFIXES, Entry, Location, existing, find
 from polyhead.splits import assign_splits, class_key
 
 COLUMN_ROLES = ("path", "label", "split", "group")
@@ -29,6 +30,21 @@ class Embedded(NamedTuple):
     pixels: np.ndarray
     labels: list[str]
     splits: list[str]
+
+
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of an epoch of len(labels) draws in which classes take turns, in random order each turn.
+
+    A class goes through all its samples before one comes again.
+    """
+    classes = np.unique(labels)
+    turns = -(-len(labels) // len(classes))
+    columns = []
+    for name in classes:
+        own = np.flatnonzero(labels == name)
+        rounds = [rng.permutation(own) for _ in range(-(-turns // len(own)))]
+        columns.append(np.concatenate(rounds)[:turns])
+    return rng.permuted(np.stack(columns, 1), axis=1).reshape(-1)[: len(labels)]
 
 
 class PictureData(DataModule):
@@ -56,6 +72,8 @@ class PictureData(DataModule):
         val_fraction, test_fraction: shares of parts that the data do not name.
         path_column, label_column, split_column, group_column: columns of a table; by usual names if None.
             Pictures of one group (a patient) are cut into one part.
+        balance: `classes` draws every class equally often in training, the rare ones repeatedly; an epoch stays
+            as long as it was.
         cache: `ram` keeps training pictures decoded, the shorter side at 1.15 S at most, so that small crops
             come from that; `none` decodes them anew, in full, every time.
         cache_limit_mb: how much each process of a training keeps.
@@ -64,6 +82,7 @@ class PictureData(DataModule):
     """
 
     embedded_flip = 0.5
+    suffixes: frozenset[str] = IMAGE_SUFFIXES
 
     def __init__(
         self,
@@ -86,6 +105,7 @@ class PictureData(DataModule):
         label_column: str | None = None,
         split_column: str | None = None,
         group_column: str | None = None,
+        balance: Literal["none", "classes"] = "none",
         cache: Literal["ram", "none"] = "ram",
         cache_limit_mb: int = 2048,
         max_pixels: int = MAX_PIXELS,
@@ -116,14 +136,14 @@ class PictureData(DataModule):
         self.square = Square(image_size, crop_fraction, resize)
         if flip is None:
             flip = 0.5 if root is not None else self.embedded_flip
-        self.augment = Augment(self.square, scale, ratio, flip, flip_vertical, policy, colour, erase)
+        self.augment: Transform = Augment(self.square, scale, ratio, flip, flip_vertical, policy, colour, erase)
         self.classes = list(classes) if classes is not None else None
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         given = (path_column, label_column, split_column, group_column)
         self.columns: dict[str, Any] = {
             f"{role}_column": column for role, column in zip(COLUMN_ROLES, given, strict=True)
         }
-        self.cache, self.max_pixels = cache, max_pixels
+        self.balance, self.cache, self.max_pixels = balance, cache, max_pixels
         self.ignored: list[str] = []
         self._budget = Budget(cache_limit_mb * 2**20) if cache == "ram" else None
         self._entries: list[Entry] | None = None
@@ -137,6 +157,17 @@ class PictureData(DataModule):
     def embedded(self) -> Embedded:
         """The sample set for `root=None`."""
         raise UserError(f"{type(self).__name__} has no embedded sample: give --data.root")
+
+    def find(self, everything: bool) -> list[Entry]:
+        """What is under the root: for prediction `everything`, else what training and evaluation may use."""
+        assert self.root is not None
+        if everything:
+            return find(self.root, self.name, everything=True, **self.columns)
+        return find(self.root, self.name, suffixes=self.suffixes, ignored=self.ignored, **self.columns)
+
+    def fetch(self, entries: Sequence[Entry], target: int) -> Callable[[int], Image.Image]:
+        """Index -> RGB picture, of which the shorter side need not exceed `target`; raises BadSample."""
+        return Files([e.location for e in entries], target, self.max_pixels)
 
     # Finding and dividing
 
@@ -156,7 +187,7 @@ class PictureData(DataModule):
             if self.root is None:
                 self._entries = self._from_embedded()
             else:
-                self._entries = find(self.root, self.name, ignored=self.ignored, **self.columns)
+                self._entries = self.find(everything=False)
         return self._entries
 
     def parts(self) -> dict[str, np.ndarray]:
@@ -201,7 +232,7 @@ class PictureData(DataModule):
             if self.root is None:
                 self._everything = self._from_embedded()
             else:
-                self._everything = find(self.root, self.name, everything=True, **self.columns)
+                self._everything = self.find(everything=True)
             return
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
         parts = self.parts()
@@ -270,16 +301,22 @@ class PictureData(DataModule):
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.classes or [])}
 
-    def _fetch(self, entries: Sequence[Entry], target: int) -> Files | Arrays:
+    def _fetch(self, entries: Sequence[Entry], target: int) -> Callable[[int], Image.Image]:
         if self.root is None:
             assert self._embedded is not None
             return Arrays(self._embedded.pixels[[int(e.location.path) for e in entries]])
-        return Files([e.location for e in entries], target, self.max_pixels)
+        return self.fetch(entries, target)
 
     def raw_dataset(self, items: Sequence[Any]) -> Samples:
         """Paths, bytes, Pillow images, uint8 arrays `[H, W, 3]` and tensors `[3, H, W]`, as in prediction."""
         raw = Raw(items, self.square.needed, self.max_pixels)
         return Pictures(raw.ids(), raw, self.square)
+
+    def order(self, samples: Samples, split: Split, epoch: int) -> np.ndarray:
+        if split != "train" or self.balance == "none":
+            return super().order(samples, split, epoch)
+        labels = np.array([str(self.entries()[i].label) for i in self.parts()["train"]])
+        return balanced_order(labels, np.random.default_rng([self.seed, epoch]))
 
     # Telling
 
@@ -323,13 +360,16 @@ class PictureData(DataModule):
         if self.root is None:
             return []
 
-        def reason_of(entry: Entry) -> str | None:
+        fetch = self.fetch(entries, 2**20)
+
+        def reason_of(index: int) -> str | None:
             try:
-                decode_image(read_bytes(entry.location), self.max_pixels)
+                fetch(index)
             except BadSample as error:
                 return str(error)
             return None
 
         with ThreadPoolExecutor(4) as pool:
-            reasons = list(tqdm(pool.map(reason_of, entries), f"check {Path(self.root).name}", len(entries)))
+            results = pool.map(reason_of, range(len(entries)))
+            reasons = list(tqdm(results, f"check {Path(self.root).name}", len(entries)))
         return [(e.id, r) for e, r in zip(entries, reasons, strict=True) if r is not None]

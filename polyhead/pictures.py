@@ -28,6 +28,8 @@ from polyhead.errors import BadSample, UserError, reason
 from polyhead.sources import Location, read_bytes
 
 Resize = Literal["crop", "squash", "pad"]
+# The training transform: a picture and one sample's generator -> uint8 [3, S, S]
+Transform = Callable[[Image.Image, torch.Generator], Tensor]
 BICUBIC = Image.Resampling.BICUBIC
 # Side of a remembered training picture, in units of the model's input
 MARGIN = 1.15
@@ -208,7 +210,7 @@ class Pictures:
         fetch: Callable[[int], Image.Image],
         ready: Callable[[Image.Image], Image.Image] | None,
         labels: np.ndarray | None = None,
-        augment: Callable[[Image.Image, torch.Generator], Tensor] | None = None,
+        augment: Transform | None = None,
         seed: int = 0,
         budget: Budget | None = None,
         groups: Sequence[str] | None = None,

@@ -148,6 +148,9 @@ class System(LightningModule):
     def signature(self) -> Signature:
         raise NotImplementedError
 
+    def begin(self, data: Any) -> None:
+        """Set new weights by what the data module's training part tells, before a training that starts from none."""
+
     def deployed(self) -> System:
         """A copy for inference: folded where that is exact. The default is itself in eval mode."""
         return self.eval()

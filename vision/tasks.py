@@ -108,7 +108,7 @@ class ImageClassifier(Freezing, Classifier):
         if mixup_alpha > 0:
             mixers.append(v2.MixUp(alpha=mixup_alpha, num_classes=count))
         self.mix = v2.RandomChoice(mixers) if mixers else None
-        self.freeze(freeze, unfreeze_at)
+        self.freeze_parts(freeze, unfreeze_at)
 
     # Network
 

@@ -1,0 +1,122 @@
+"""DICOM radiographs as grey pictures, in the order that the standard prescribes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.data import ImageReader
+
+from polyhead.errors import BadSample, reason
+
+
+class Identifiers(NamedTuple):
+    """PatientID, StudyInstanceUID and SOPInstanceUID; empty where a file has none."""
+
+    patient: str = ""
+    study: str = ""
+    instance: str = ""
+
+
+def grey_values(dataset: Any) -> np.ndarray:
+    """The pixels of a radiograph as 0..1, `[H, W]`, white being dense.
+
+    Modality LUT or rescale, then VOI LUT or window (the first of several), then to 0..1, and inversion of
+    MONOCHROME1 last (DICOM PS3.3 C.11.1, C.11.2; PS3.4 N.2). Without VOI values the range is that of the
+    pixels. Padding is black.
+
+    Raises:
+        BadSample: no pixels, several frames, or a kind of picture that is no radiograph.
+    """
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+
+    if "PixelData" not in dataset:
+        raise BadSample("the DICOM file holds no picture")
+    frames = int(dataset.get("NumberOfFrames", 1) or 1)
+    if frames > 1:
+        raise BadSample(f"the DICOM file holds {frames} frames: one picture a file is read, export them singly")
+    kind = str(dataset.get("PhotometricInterpretation", ""))
+    pixels = dataset.pixel_array
+    if int(dataset.get("SamplesPerPixel", 1)) == 3:
+        return (pixels[..., :3] @ np.array([0.299, 0.587, 0.114])) / (2 ** int(dataset.BitsStored) - 1)
+    if kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise BadSample(f"a DICOM file of kind {kind or 'unknown'} is no radiograph")
+    padding = _padding(dataset, pixels)
+    values = np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float64)
+    if dataset.get("VOILUTSequence"):
+        item = dataset.VOILUTSequence[0]
+        # The table is looked up by whole numbers
+        values = np.asarray(apply_voi_lut(np.rint(values).astype(np.int64), dataset), dtype=np.float64)
+        low, high = 0.0, float(2 ** int(item.LUTDescriptor[2]) - 1)
+    elif dataset.get("WindowCenter") not in (None, "") and dataset.get("WindowWidth") not in (None, ""):
+        values = np.asarray(apply_windowing(values, dataset), dtype=np.float64)
+        low, high = _window_range(dataset)
+    else:
+        seen = values if padding is None else values[~padding]
+        low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
+    grey = np.clip((values - low) / (high - low if high > low else 1.0), 0, 1)
+    if kind == "MONOCHROME1":
+        grey = 1 - grey
+    if padding is not None:
+        grey[padding] = 0
+    return grey
+
+
+def _padding(dataset: Any, pixels: np.ndarray) -> np.ndarray | None:
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit", value)
+    low, high = sorted((int(value), int(limit)))
+    return (pixels >= low) & (pixels <= high)
+
+
+def _window_range(dataset: Any) -> tuple[float, float]:
+    """What a window is stretched to: the range of the stored values after the modality's step."""
+    from pydicom.pixels import apply_modality_lut
+
+    if dataset.get("ModalityLUTSequence"):
+        return 0.0, float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
+    bits = int(dataset.BitsStored)
+    stored = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if int(dataset.PixelRepresentation) else (0, 2**bits - 1)
+    ends = np.asarray(apply_modality_lut(np.array(stored), dataset), dtype=np.float64)
+    return float(ends.min()), float(ends.max())
+
+
+class DicomReader(ImageReader):
+    """MONAI reader of single radiographs; remembers the identifiers of the last one it read.
+
+    Args:
+        max_pixels: refuse larger ones.
+    """
+
+    def __init__(self, max_pixels: int) -> None:
+        super().__init__()
+        self.max_pixels = max_pixels
+        self.identifiers = Identifiers()
+
+    def verify_suffix(self, filename: Any) -> bool:
+        return True
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        import pydicom
+
+        (path,) = data if isinstance(data, Sequence) and not isinstance(data, str) else (data,)
+        dataset = pydicom.dcmread(path, force=True)
+        height, width = int(dataset.get("Rows", 0) or 0), int(dataset.get("Columns", 0) or 0)
+        if height * width > self.max_pixels:
+            raise BadSample(f"too many pixels: {width} x {height} is more than {self.max_pixels:,}")
+        return dataset
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        names = ("PatientID", "StudyInstanceUID", "SOPInstanceUID")
+        self.identifiers = Identifiers(*(str(img.get(n, "") or "").strip() for n in names))
+        try:
+            grey = grey_values(img)
+        except BadSample:
+            raise
+        except Exception as error:  # decoders of compressed pixels raise almost anything
+            raise BadSample(f"the pixels of the DICOM file cannot be decoded: {reason(error)}") from error
+        # MONAI's first axis runs across
+        return grey.T, {"affine": np.eye(4), "original_channel_dim": float("nan"), "spatial_shape": grey.T.shape}

@@ -1,0 +1,258 @@
+"""The Lightning module of radiographs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from medical.medusa import MEDUSA, Attention, Gate, Output, global_view, preset, resize
+from polyhead import bundle
+from polyhead.classifier import Classifier
+from polyhead.columns import make_columns
+from polyhead.encoders import normalisation
+from polyhead.errors import UserError
+from polyhead.folding import fold_batch_norms
+from polyhead.freezing import Freezing
+from polyhead.intervals import bootstrap_weights
+from polyhead.system import Signature, System
+
+
+class RadiographClassifier(Freezing, Classifier):
+    """Classifies radiographs with MEDUSA: one attention body, a gate at every scale.
+
+    Takes uint8 images `image [B, 3, S, S]`, S the larger of `image_size` and `global_size`; both views are made
+    from it inside. Gives `logits [B, K]`, `probabilities [B, K]`, with a body `global_map [B, Hg, Wg]` in 0..1,
+    and `gate_J [B, H_J, W_J]` for every attended stage J (the mean over channels). Prediction columns: `label`,
+    `score`, `probabilities`, with a `positive` class also `alert` (its probability reaches the threshold), and
+    `patient`, `study`, `instance` where files name them.
+
+    Args:
+        facts: `classes`; linked from the data.
+        variant: `medusa_cxr3`, `medusa_r50` or `medusa_r18` set backbone, sizes and base; None takes the following.
+        backbone, base, global_channels, head_width, attention, attention_stages, channel_attention, gate, dropout,
+            backbone_options: see `medical.medusa.MEDUSA`.
+        image_size, global_size: sides of the classifier view and of the body's view in pixels.
+        pretrained: start the backbone from its published weights.
+        mean, std: normalisation of the classifier view in 0..1; the backbone's own by default.
+        freeze: parameter-name prefixes inside the network that are not trained (`body`, `backbone.blocks.0`).
+        unfreeze_at: the epoch from which all is trained.
+        freeze_norms: the backbone's batch norms keep their statistics (small batches spoil them).
+        label_smoothing: share of the target spread over all classes.
+        class_weights: `balanced` weighs the loss by inverse class frequency in the training part.
+        flip_tta: average over the image and its mirror in evaluation and prediction.
+        positive: the class that an alert is about; with a `sensitivity` or a `threshold`.
+        sensitivity: after validation, the threshold becomes the largest that finds this share of the positives.
+        threshold: probability of `positive` from which a row is an alert.
+        system: see `polyhead.system.System`.
+    """
+
+    network: MEDUSA
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        facts: dict[str, Any] | None = None,
+        variant: str | None = None,
+        backbone: str = "resnet18",
+        image_size: int = 224,
+        global_size: int = 128,
+        base: int = 24,
+        global_channels: int = 1,
+        head_width: int = 32,
+        attention: Attention = "full",
+        attention_stages: list[int] | None = None,
+        channel_attention: bool = False,
+        gate: Gate = "mul",
+        dropout: float = 0.0,
+        pretrained: bool = False,
+        backbone_options: dict[str, Any] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        freeze: list[str] | None = None,
+        unfreeze_at: int | None = None,
+        freeze_norms: bool = True,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["none", "balanced"] = "none",
+        flip_tta: bool = False,
+        positive: str | None = None,
+        sensitivity: float | None = None,
+        threshold: float | None = None,
+        **system: Any,
+    ) -> None:
+        super().__init__(facts, **system)
+        if variant is not None:
+            chosen = preset(variant)
+            backbone, base = chosen["backbone"], chosen["base"]
+            image_size, global_size = chosen["image_size"], chosen["global_size"]
+        if not 0 <= label_smoothing <= 1:
+            raise UserError(f"model.label_smoothing is {label_smoothing:g}: it must be between 0 and 1")
+        if sensitivity is not None and not 0 < sensitivity <= 1:
+            raise UserError(f"model.sensitivity is {sensitivity:g}: it must be above 0 and at most 1")
+        if positive is not None and positive not in self.classes:
+            raise UserError(f"model.positive is {positive!r}, which is none of: {', '.join(self.classes)}")
+        if positive is None and (sensitivity is not None or threshold is not None):
+            raise UserError("model.sensitivity and model.threshold are about a class: name it by model.positive")
+        self.network = MEDUSA(
+            len(self.classes), backbone, pretrained, image_size, base, global_channels, head_width, attention,
+            attention_stages, channel_attention, gate, dropout, backbone_options,
+        )  # fmt: skip
+        own_mean, own_std = normalisation(backbone)
+        self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
+        self.image_size, self.global_size, self.freeze_norms = image_size, global_size, freeze_norms
+        self.label_smoothing, self.class_weights, self.flip_tta = label_smoothing, class_weights, flip_tta
+        self.positive, self.sensitivity, self.threshold = positive, sensitivity, threshold
+        self._loss_weight: Tensor | None = None
+        self.freeze_parts(freeze, unfreeze_at)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.network.fc.parameters())
+
+    def train(self, mode: bool = True) -> RadiographClassifier:
+        super().train(mode)
+        if mode and self.freeze_norms and hasattr(self, "network"):
+            for module in self.network.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    # The graph
+
+    def views(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 `[B, 3, S, S]` to the classifier view `[B, 3, H, H]` and the global view `[B, 1, G, G]`."""
+        whole = image.to(self.mean.dtype) / 255
+        x = (resize(whole, (self.image_size, self.image_size)) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last), global_view(whole, self.global_size)
+
+    def _run(self, image: Tensor) -> Output:
+        return self.network(*self.views(image))
+
+    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        image = inputs["image"]
+        output = self._run(image)
+        probabilities = output.logits.softmax(-1)
+        if self.flip_tta:
+            probabilities = (probabilities + self._run(image.flip(-1)).logits.softmax(-1)) / 2
+        result = {"logits": output.logits, "probabilities": probabilities}
+        if output.global_map is not None:
+            result["global_map"] = output.global_map.sigmoid().mean(1)
+        for stage, gate in zip(self.network.stages, output.gates, strict=True):
+            result[f"gate_{stage}"] = gate.mean(1)
+        return result
+
+    def input_names(self) -> list[str]:
+        return ["image"]
+
+    def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:
+        probabilities = outputs["probabilities"].float().cpu().numpy()
+        columns = make_columns(self._columns(), {"probabilities": probabilities})
+        return {**columns, **{k: batch[k] for k in ("patient", "study", "instance") if k in batch}}
+
+    def _columns(self) -> dict[str, Any]:
+        rule: dict[str, Any] = {"kind": "classification", "classes": self.classes}
+        if self.positive is not None and self.threshold is not None:
+            rule |= {"positive": self.positive, "threshold": self.threshold}
+        return rule
+
+    def signature(self) -> Signature:
+        side = max(self.image_size, self.global_size)
+        maps = ["global_map"] if self.network.body is not None else []
+        maps += [f"gate_{stage}" for stage in self.network.stages]
+        ramp = torch.linspace(0, 9, side)
+        waves = torch.stack([torch.sin(ramp[:, None] * (b + 1)) * torch.cos(ramp * (b + 2)) for b in range(2)])
+        image = ((waves[:, None] + 1) * 127.5).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+        checks = [{"image": image[:1]}, {"image": image[[0, 1, 0]]}]
+        return Signature({"image": image}, ["logits", "probabilities", *maps], checks=checks, columns=self._columns())
+
+    def deployed(self) -> System:
+        """A copy with the batch norms folded into the convolutions."""
+        network, self.network = self.network, nn.Identity()  # type: ignore[assignment]
+        try:
+            twin = bundle.clone(self)
+        finally:
+            self.network = network
+        example = self.views(self.signature().inputs["image"][:1].to(self.mean.device))
+        was = network.training
+        twin.network = fold_batch_norms(network.eval(), lambda n: n(*example))
+        network.train(was)
+        return twin.eval()
+
+    # Training and evaluation
+
+    def on_fit_start(self) -> None:
+        if self.class_weights == "balanced":
+            counts = torch.tensor(self.trainer.datamodule.class_counts(), dtype=torch.float32)  # type: ignore[attr-defined]
+            self._loss_weight = (counts.sum() / (len(counts) * counts.clamp(min=1))).to(self.device)
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        logits = self._run(batch["image"]).logits
+        loss = F.cross_entropy(logits, batch["label"], weight=self._loss_weight, label_smoothing=self.label_smoothing)
+        return {"loss": loss}
+
+    def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
+        outputs = self.outputs(image=batch["image"])
+        self.measure(metrics, outputs["probabilities"], batch)
+        return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        rows = self.rows("val")
+        if self.sensitivity is None or self.positive is None or rows is None:
+            return
+        probabilities, label, _ = rows
+        own = self.classes.index(self.positive)
+        scores = np.sort(probabilities[label == own, own])[::-1]
+        if len(scores):
+            self.threshold = float(scores[int(np.ceil(self.sensitivity * len(scores))) - 1])
+            # The threshold is a setting of the model from here on: checkpoints and bundles carry it
+            self.recipe.get("init_args", {})["threshold"] = self.threshold
+
+    def named_results(self, stage: str) -> dict[str, float]:
+        named = super().named_results(stage)
+        rows = self.rows(stage)
+        if rows is None or self.positive is None or self.threshold is None:
+            return named
+        probabilities, label, group = rows
+        own = self.classes.index(self.positive)
+        alert, true = probabilities[:, own] >= self.threshold, label == own
+        found = {"sensitivity": (alert, true), "specificity": (~alert, ~true), "ppv": (true, alert)}
+        weight = bootstrap_weights(group, 1000, 0)
+        named["threshold"] = self.threshold
+        for name, (hit, of) in found.items():
+            if of.any():
+                named[f"alert.{name}"] = float(hit[of].mean())
+                drawn = (weight[:, of] @ hit[of]) / np.maximum(weight[:, of].sum(1), 1)
+                low, high = np.percentile(drawn, [2.5, 97.5])
+                named |= {f"alert.{name}.low": float(low), f"alert.{name}.high": float(high)}
+        return named
+
+    def explain(self, batch: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """The radiograph, the global map, the gate of every stage, and Grad-CAM of the last, side by side."""
+        from medical.radiograph_pictures import maps_picture
+
+        x, g = self.views(batch["image"])
+        with torch.enable_grad():
+            features, q, gates = self.network.forward_features(x, g)
+            features = features.detach().requires_grad_(True)
+            logits = self.network.forward_head(features)
+            (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), features)
+        cam = (features * gradient.mean((-2, -1), keepdim=True)).sum(1).relu().detach()
+        probabilities = logits.detach().softmax(-1).cpu()
+        described = []
+        for i, p in enumerate(probabilities):
+            maps = {} if q is None else {"global map": q[i].detach().sigmoid().mean(0)}
+            maps |= {f"gate {s}": a[i].detach().mean(0) for s, a in zip(self.network.stages, gates, strict=True)}
+            maps["Grad-CAM"] = cam[i]
+            maps = {k: v.float().cpu() for k, v in maps.items()}
+            image = batch["image"][i].cpu()
+            arrays = {k.replace(" ", "_").lower().replace("-", "_"): v.numpy() for k, v in maps.items()}
+            arrays |= {"image": image.numpy(), "probabilities": p.numpy()}
+            title = f"{self.classes[int(p.argmax())]} {float(p.max()):.2f}"
+            described.append((maps_picture(image, maps, title), arrays))
+        return described
