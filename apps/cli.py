@@ -467,6 +467,8 @@ class PolyheadCLI(LightningCLI):
             self.config_init[self.only].init_from = None
         if self.only in STAGES:
             data.setup(STAGES[self.only])
+        if self.only == "fit" and self.resume_path is None and not self.given.init_from:
+            model.begin(data)
         if self._first:
             self._open()
 

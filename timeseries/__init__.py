@@ -1,0 +1,11 @@
+"""Events and recordings in time. What recipes name is imported when it is asked for."""
+
+from polyhead.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "EventModel": "timeseries.event_tasks",
+        "EventData": "timeseries.event_data",
+    },
+)

@@ -38,6 +38,26 @@ class Excitation(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
+    def begin(self, alpha: Tensor, decay: float) -> None:
+        """Become a fitted exponential Hawkes process; kernels of other decays start at almost nothing.
+
+        Args:
+            alpha: `[K, K]` expected children (row affected, column triggering), or `[K, 2]` (of any event, of its own
+                kind) where states are shared.
+            decay: of its kernels.
+        """
+        kinds, width, rates = self.raw.shape
+        with torch.no_grad():
+            spread = torch.arange(rates) - rates // 2
+            self.log_rate.copy_(math.log(decay) + 1.8 * spread)
+            height = alpha * decay
+            if self.shared is not None:
+                height = (alpha[:, :1] * decay / F.softplus(self.shared).sum(1).mean()).expand(-1, width)
+            floor = 1e-3 * max(1.0, decay) / width
+            raw = torch.full_like(self.raw, floor)
+            raw[:, :, rates // 2] = height.clamp(min=floor)
+            self.raw.copy_(raw + (-torch.expm1(-raw)).log())
+
     def values(self, types: Tensor) -> Tensor:
         """What an event of each type leaves `[..., E]`; BOS and padding leave nothing."""
         if self.shared is None:

@@ -26,6 +26,10 @@ LARGEST_SCORE = 80.0
 TILE = 32
 
 
+def _traced() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 class States(NamedTuple):
     """What rules the intensity after each row.
 
@@ -41,7 +45,7 @@ class States(NamedTuple):
     jump: Tensor | None = None
     rate: Tensor | None = None
 
-    def rows(self, index: Tensor | slice | tuple[Tensor, Tensor]) -> States:
+    def rows(self, index: Tensor | slice | tuple[Tensor | slice, Tensor | slice]) -> States:
         """The states of some rows. `index` addresses `[B, N]`, or the first axis."""
         jump = None if self.jump is None else self.jump[index]
         return States(self.start[index], self.converge[index], self.decay[index], jump, self.rate)
@@ -129,7 +133,7 @@ class Attention(nn.Module):
         if weights is None and self.score == "softmax":
             allowed = None if mask is None else mask[:, None]
             mixed = F.scaled_dot_product_attention(q, k, v, allowed, drop, is_causal=mask is None)
-        elif weights is None and mask is None and rows > TILE and not torch.compiler.is_compiling():
+        elif weights is None and mask is None and rows > TILE and not _traced():
             # Tiles of queries touch no key that lies after them
             tiles = [self._mix(q[:, :, a : a + TILE], k, v, None, drop, a)[0] for a in range(0, rows, TILE)]
             mixed = torch.cat(tiles, 2)
@@ -162,23 +166,31 @@ class Cache:
     """Keys and values of one layer, for sequences of unequal length to which a row at a time is added.
 
     Args:
-        rows: how many rows each sequence has `[B]`, shared by all layers and counted up by the caller.
+        rows: `[B]`, the place of the next row of each sequence, moved on by the caller.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self.k = self.v = torch.empty(0)
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
 
-    def fill(self, k: Tensor, v: Tensor, room: int) -> None:
-        """Start from the rows `[B, H, N, d]` of whole sequences, with room for more."""
-        self.k, self.v = F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))
-
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With the next row `[B, H, 1, d]` of each sequence added; and which keys are there `[B, 1, M]`."""
+    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With rows `[B, H, N, d]` added, whole sequences at first and then a row of each; and the mask."""
+        if self.k is None or self.v is None:
+            self.k, self.v = k, v
+            return k, v, None
+        if int(self.rows.max()) >= self.k.shape[2]:
+            room = max(16, self.k.shape[2] // 2)
+            self.k, self.v = F.pad(self.k, (0, 0, 0, room)), F.pad(self.v, (0, 0, 0, room))
         at = torch.arange(len(self.rows), device=k.device)
         self.k[at, :, self.rows], self.v[at, :, self.rows] = k[:, :, 0], v[:, :, 0]
         there = torch.arange(self.k.shape[2], device=k.device) <= self.rows[:, None]
         return self.k, self.v, there[:, None]
+
+    def keep(self, index: Tensor, rows: Tensor) -> None:
+        """Only the sequences `index`, whose next rows have the places `rows`."""
+        assert self.k is not None and self.v is not None
+        self.k, self.v, self.rows = self.k[index], self.v[index], rows
 
 
 class Block(nn.Module):
