@@ -192,6 +192,10 @@ class PolyheadCLI(LightningCLI):
             raise UserError("--seed_everything is true or false: a whole number is needed")
         if self.saved is not None:
             self._same_class(self.saved)
+        arguments_of_data = self.config[self.only].data.get("init_args") or {}
+        if given.init_from and "extend" in arguments_of_data:
+            # Data that number what they hold go on numbering where that model's stopped
+            self.config[self.only].data.init_args.extend = given.init_from
         if given.print_config is not None:
             self._print_config(given.print_config)
 

@@ -201,6 +201,9 @@ def load_weights(system: System, saved: Saved) -> None:
 def init_weights(system: System, saved: Saved) -> list[str]:
     """Start from `saved` where it fits: resized where the network knows how, heads of another size left new.
 
+    A system says how by `adapt_state_dict(state)`, or by `adapt_facts(state, facts)` where it takes what the other
+    model's data decided to know what is what.
+
     Returns the names left at their initial values. Raises UserError when the body does not fit.
     """
     own = system.state_dict()
@@ -208,6 +211,9 @@ def init_weights(system: System, saved: Saved) -> list[str]:
     adapt = getattr(system, "adapt_state_dict", None)
     if adapt is not None:
         given = adapt(given)
+    between = getattr(system, "adapt_facts", None)
+    if between is not None:
+        given = between(given, saved.model.get("init_args", {}).get("facts") or {})
     heads = tuple(getattr(system, "head_prefixes", lambda: [])())
     new = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
     body = [k for k in new if not k.startswith(heads)] if heads else new

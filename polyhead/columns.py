@@ -51,7 +51,7 @@ def next_event(outputs: dict[str, np.ndarray], types: Sequence[str]) -> dict[str
 
 
 def ranked(outputs: dict[str, np.ndarray], names: Sequence[Any]) -> dict[str, Any]:
-    """A row for each of a sample's `items` `[B, K]`, best first: `part` (the place from 0), `item`, `score`, `fallback`.
+    """A row for each of a sample's `items` `[B, K]`, best first: `part` (place from 0), `item`, `score`, `fallback`.
 
     Places that hold no item, having the number `len(names)`, give no row.
     """

@@ -34,7 +34,8 @@ class Model:
         """Predict raw inputs.
 
         Args:
-            inputs: one input or a list of them; for images a path, a PIL image, or an array `[H, W, 3]`.
+            inputs: one input or a list of them; for images a path, a PIL image, or an array `[H, W, 3]`; for
+                recommendations always a list, of histories.
             batch_size: inputs at a time; the data module's by default.
 
         Returns:
@@ -60,7 +61,7 @@ class Model:
         rows: list[dict[str, Any]] = []
         if good:
             batch = move(self.data.collate(list(good)), self.system.device)
-            columns = {"id": batch["id"], **self.system.columns(batch, self.system(batch))}
+            columns = by_row(batch["id"], self.system.columns(batch, self.system(batch)))
             lists = [_listed(values) for values in columns.values()]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
         for index, row in sorted(bad.items()):

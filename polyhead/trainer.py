@@ -137,6 +137,9 @@ class PolyheadTrainer(Trainer):
         if self.interrupted or self.fast_dev_run:  # type: ignore[attr-defined]
             return
         best = self._best()
+        if best is None and self.checkpoint_callbacks:
+            # Ended before the first validation: the last weights are the best there are
+            self.save_checkpoint(self.folder / "checkpoints" / "best.ckpt")
         if best is not None:
             model.load_state_dict(read_checkpoint(best)["state_dict"])
         super().validate(model, datamodule=datamodule, verbose=False)

@@ -21,11 +21,12 @@ class Histories(NamedTuple):
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
-    def pieces(self, first: np.ndarray, last: np.ndarray) -> Histories:
-        """The items `first` to `last - 1` of each, counted from its own beginning."""
+    def pieces(self, first: np.ndarray, last: np.ndarray, rows: np.ndarray | None = None) -> Histories:
+        """The items `first` to `last - 1` of each (or of `rows`), counted from its own beginning."""
+        begin = self.starts[:-1] if rows is None else self.starts[:-1][rows]
         lengths = last - first
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        where = np.arange(starts[-1]) + np.repeat(self.starts[:-1] + first - starts[:-1], lengths)
+        where = np.arange(starts[-1]) + np.repeat(begin + first - starts[:-1], lengths)
         return Histories(starts, self.items[where])
 
     def newest(self, count: int) -> Histories:

@@ -16,7 +16,7 @@ class TensorFlowAdam(torch.optim.Adam):
     `weight_decay` is an L2 term in the gradient.
     """
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             group["epsilon"] = group.get("epsilon", group["eps"])
             group["taken"] = group.get("taken", 0) + 1

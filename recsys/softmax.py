@@ -49,7 +49,7 @@ class Targets(NamedTuple):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, table: Tensor, targets: Targets, padding_class: bool, floor: bool, chunk: int
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -62,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         by_hidden, by_table = ((g * grad).to(t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return by_hidden, by_table, None, None, None, None
 

@@ -36,12 +36,13 @@ WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 # Exports that a system does not have, and why: (recipe, format) -> reason
 NOT_EXPORTED: dict[tuple[str, str], str] = {}
 # Columns that a docstring need not name, being said in architecture.md for all systems
-EVERYWHERE = {"part"}
+EVERYWHERE = {"part", "sample"}
 # Recipes whose system is another recipe's with other numbers, and therefore exported there: recipe -> the other
 SAME_NETWORK = {
     "vision/shvit": "vision/shvit_digits",
     "vision/shvit_probe": "vision/shvit_transfer",
     "medical/acmil_images": "medical/acmil",
+    "recsys/sasrec": "recsys/mqsa_ted",
 }
 # Exporters that take so long to trace these, in seconds of one core, that only `make test-all` waits for them
 SLOW_TO_EXPORT = {
