@@ -31,6 +31,7 @@ OWN = {
 DOMAIN: dict[str, tuple[str, str]] = {
     "tile": ("medical.slides.tile", "cut slides into tiles on tissue and describe them by an encoder"),
     "heatmap": ("medical.heatmap_command.heatmap", "draw a bag classifier's attention over a slide or photograph"),
+    "simulate": ("timeseries.event_simulate.simulate", "draw new event sequences from a trained model"),
 }
 
 

@@ -255,7 +255,9 @@ def save_bundle(
     Raises:
         UserError: the folder cannot be written.
     """
-    data = {**data, "init_args": {**data.get("init_args", {}), "root": None}}
+    # Where the training data lay, and which set there it was, is not where other data lie
+    arguments = data.get("init_args", {})
+    data = {**data, "init_args": {**arguments, **{k: None for k in ("root", "name") if k in arguments}, "root": None}}
     small = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

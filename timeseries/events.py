@@ -199,13 +199,13 @@ def _choose(
     if not sets:
         raise UserError(f"no event sequences in {root}")
     every = [pair for pairs in sets.values() for pair in pairs]
-    if name is not None:
+    if name is not None and not (len(members) == 1 and Path(root).is_file()):
         if name in sets and name:
             return sets[name]
         found = [p for p in every if p[0] == name] or [p for p in every if Path(p[0]).stem == name]
         if len(found) == 1:
             return found
-        known = [n for n in [*sets, *(Path(p[0]).stem for p in every)] if n]
+        known = list(dict.fromkeys(n for n in [*sets, *(Path(p[0]).stem for p in every)] if n))
         raise UserError(f"no set or file {name} in {root}", [f"--data.name {n}" for n in nearest(name, known) or known])
     if len(sets) > 1:
         # Parts of one set with nothing else in their names, beside tables without a part
