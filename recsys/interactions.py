@@ -366,6 +366,13 @@ class Interactions(DataModule):
             batch["history"] = torch.cat(histories)
         return batch
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            # From pinned memory the copy does not wait for what the GPU is doing
+            return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return batch
+
     def batches(self, samples: Samples, split: Split, epoch: int) -> list[list[int]]:
         """As many users as fit; the last batch is kept, however small."""
         order = self.order(samples, split, epoch)

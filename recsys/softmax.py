@@ -16,8 +16,8 @@ from torch import Tensor
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 # exp of a larger number is no float32 any more
 LARGEST = 87.0
-# Added to a probability before its logarithm is taken; below the second number it changes a gradient by over 1e-4
-FLOOR, FLOOR_MATTERS = math.log(1e-24), -46.0
+# Added to a probability before its logarithm is taken; where that is smaller, a gradient changes by over 1e-4
+FLOOR, FLOOR_MATTERS = 1e-24, -46.0
 
 
 class Targets(NamedTuple):
@@ -80,10 +80,12 @@ def _forward(
     loss = hidden.new_zeros(rows)
     # Rows of chunks whose loss is complete: the others lack what their targets give
     whole = [] if floor or not rows else [slice(0, rows)]
+    # One piece of memory for all chunks: fresh pages for each take longer than some of the arithmetic
+    room = hidden.new_empty(min(chunk, rows), items)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         h = hidden[part]
-        z = h @ table.T
+        z = torch.mm(h, table.T, out=room[: len(h)])
         if floor and (not cpu or _reaches_floor(z, reach)):
             loss[part], z = _floored(z, targets.part(part) if rows > chunk else targets)
             scale = None
@@ -115,12 +117,20 @@ def _reaches_floor(z: Tensor, reach: float) -> bool:
 
 def _floored(z: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """-sum p log(q + 1e-24) of each row, and its gradient by the scores: q sum(r) - r with r = p q / (q + 1e-24)."""
-    wanted = targets.dense(*z.shape)
-    logs = z - z.logsumexp(1, keepdim=True)
-    floored = torch.logaddexp(logs, logs.new_tensor(FLOOR))
-    loss = -(wanted * floored).sum(1)
-    reached = wanted * (logs - floored).exp_()
-    return loss, logs.exp_() * reached.sum(1, keepdim=True) - reached
+    row, item, weight, share = targets
+    q = z.softmax(1)
+    lifted = q + FLOOR
+    reached = q / lifted
+    logs = lifted.log_()
+    loss = z.new_zeros(len(z)).index_add_(0, row, -weight * logs[row, item])
+    above = weight * reached[row, item]
+    if share is None:
+        reached.zero_()
+    else:
+        loss -= share * logs.sum(1)
+        reached *= share[:, None]
+    reached[row, item] += above
+    return loss, q.mul_(reached.sum(1, keepdim=True)).sub_(reached)
 
 
 def _add_targets(

@@ -22,6 +22,8 @@ from recsys.ranking import rank, ranking_metrics, without_seen
 # Where the users of a batch, by ascending length, are cut into groups that are encoded at a width of their own
 GROUPS = (0.5, 0.875)
 EXPLAINED = 5
+# More than a history has places
+LARGE = 1 << 30
 
 
 class NextItem(System):
@@ -202,9 +204,8 @@ class NextItem(System):
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         history, size = inputs["history"], self.network.items
         # Gaps, wherever they are, go to the left
-        width = history.shape[1]
-        key = torch.arange(width, device=history.device) + (history < size) * width
-        history = history.gather(1, key.argsort(1))
+        place = torch.arange(history.shape[1], device=history.device)
+        history = history.gather(1, (place - (history >= size).long() * LARGE).argsort(1))
         scores = self._with_fallback(self.users(history) @ self.network.item.T, history)
         if self.filter_seen:
             scores = without_seen(scores, history)
@@ -228,10 +229,10 @@ class NextItem(System):
         width = self.network.max_len
         examples = self._examples(2 + 1 + 3, width + 3)
         return Signature(
-            inputs={"history": examples[:2, -width:]},
+            inputs={"history": examples[:2, -width:].contiguous()},
             outputs=list(self.signature_outputs),
             dynamic={"history": {1: "width"}},
-            checks=[{"history": examples[2:3, -1:]}, {"history": examples[3:]}],
+            checks=[{"history": examples[2:3, -1:].contiguous()}, {"history": examples[3:]}],
             columns=self._columns(),
             tolerance=1e-3,
         )
