@@ -29,7 +29,7 @@ def grey_values(dataset: Any) -> np.ndarray:
     Raises:
         BadSample: no pixels, several frames, or a kind of picture that is no radiograph.
     """
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
+    from pydicom.pixels import apply_modality_lut, apply_windowing
 
     if "PixelData" not in dataset:
         raise BadSample("the DICOM file holds no picture")
@@ -45,10 +45,8 @@ def grey_values(dataset: Any) -> np.ndarray:
     padding = _padding(dataset, pixels)
     values = np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float64)
     if dataset.get("VOILUTSequence"):
-        item = dataset.VOILUTSequence[0]
-        # The table is looked up by whole numbers
-        values = np.asarray(apply_voi_lut(np.rint(values).astype(np.int64), dataset), dtype=np.float64)
-        low, high = 0.0, float(2 ** int(item.LUTDescriptor[2]) - 1)
+        values, high = _look_up(values, dataset.VOILUTSequence[0], signed=bool(values.min() < 0))
+        low = 0.0
     elif dataset.get("WindowCenter") not in (None, "") and dataset.get("WindowWidth") not in (None, ""):
         values = np.asarray(apply_windowing(values, dataset), dtype=np.float64)
         low, high = _window_range(dataset)
@@ -61,6 +59,22 @@ def grey_values(dataset: Any) -> np.ndarray:
     if padding is not None:
         grey[padding] = 0
     return grey
+
+
+def _look_up(values: np.ndarray, item: Any, signed: bool) -> tuple[np.ndarray, float]:
+    """A VOI table's entries for whole values, and its white.
+
+    pydicom's own look-up wraps at 256 for tables of 8-bit entries with more rows than that.
+    """
+    count, first, bits = (int(v) for v in item.LUTDescriptor)
+    count = count or 2**16
+    if signed and first >= 2**15:
+        first -= 2**16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, np.uint8 if len(data) == count else np.uint16)
+    table = np.asarray(data, dtype=np.float64)[:count]
+    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)], float(2**bits - 1)
 
 
 def _padding(dataset: Any, pixels: np.ndarray) -> np.ndarray | None:

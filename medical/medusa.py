@@ -272,8 +272,6 @@ class MEDUSA(nn.Module):
         self.num_features = _last_width(self.backbone, self.steps, channels)
         self.drop = nn.Dropout(dropout)
         self.fc = nn.Linear(self.num_features, num_classes)
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -321,13 +319,14 @@ def _last_width(backbone: Any, steps: list[Step], channels: list[int]) -> int:
 def global_view(image: Tensor, size: int) -> Tensor:
     """RGB `[B, 3, H, W]` in 0..1 to the body's grey view `[B, 1, size, size]`, each image standardised.
 
-    A constant image becomes zeros; values end at 10 standard deviations, so that half precision holds them.
+    A constant image becomes zeros: a deviation counts as a quarter of a grey level at least. Values end at 10
+    standard deviations, so that half precision holds them.
     """
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     grey = resize((image * weights).sum(1, keepdim=True), (size, size))
     mean = grey.mean((-2, -1), keepdim=True)
     deviation = (grey - mean).square().mean((-2, -1), keepdim=True).sqrt()
-    return ((grey - mean) / deviation.clamp(min=1e-5)).clamp(-10, 10)
+    return ((grey - mean) / deviation.clamp(min=1e-3)).clamp(-10, 10)
 
 
 def preset(name: str) -> dict[str, Any]:

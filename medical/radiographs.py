@@ -145,17 +145,17 @@ def _monai_read(path: Path, reader: DicomReader) -> tuple[np.ndarray, Identifier
 
 def _nifti_slice(path: Path, at: float) -> np.ndarray:
     from monai.data import NibabelReader
-    from monai.transforms import Compose, LoadImaged, Orientationd
+    from monai.transforms import EnsureChannelFirstd, LoadImaged, Orientationd
 
-    load = LoadImaged("image", reader=NibabelReader, ensure_channel_first=True)
-    volume = load({"image": str(path)})["image"]
-    if volume.ndim > 4 or volume.ndim < 3:
-        raise BadSample(f"a NIfTI file of {volume.ndim - 1} dimensions is no radiograph: 2 or 3 are read")
-    if volume.ndim == 3:
-        values = np.asarray(volume[0], dtype=np.float64)
+    volume = LoadImaged("image", reader=NibabelReader)({"image": str(path)})["image"]
+    if volume.ndim not in (2, 3):
+        raise BadSample(f"a NIfTI file of {volume.ndim} dimensions is no radiograph: 2 or 3 are read")
+    if volume.ndim == 2:
+        values = np.asarray(volume, dtype=np.float64)
     else:
         # Rows run to the back and columns to the left, as a radiologist looks at an axial slice
-        turned = Compose([Orientationd("image", axcodes="LPS", labels=None)])({"image": volume})["image"]
+        single = EnsureChannelFirstd("image", channel_dim="no_channel")({"image": volume})
+        turned = Orientationd("image", axcodes="LPS", labels=None)(single)["image"]
         values = np.asarray(turned[0, ..., min(int(at * turned.shape[-1]), turned.shape[-1] - 1)], dtype=np.float64)
     if not np.isfinite(values).any():
         raise BadSample("the image holds no finite value")

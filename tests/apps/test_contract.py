@@ -247,7 +247,14 @@ def vision_network(name: str) -> torch.nn.Module:
         return create_backbone(name, num_classes=1000)
 
 
-BUILDERS["vision"] = vision_network
+def medical_network(name: str) -> torch.nn.Module:
+    from medical.medusa import MEDUSA, preset
+
+    options = {k: v for k, v in preset(name).items() if k != "global_size"}
+    return MEDUSA(2, **options)
+
+
+BUILDERS |= {"vision": vision_network, "medical": medical_network}
 
 
 def test_the_table_of_variants_counts_parameters_right() -> None:
