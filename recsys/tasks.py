@@ -116,7 +116,7 @@ class NextItem(System):
         """Representations of the positions that have a next item, `[R, d]`, in the batch's order."""
         history = batch["history"]
         if history.is_cuda:
-            return self.network(history).flatten(0, 1)[batch["place"]]
+            return self.network(history).flatten(0, 1).index_select(0, batch["place"])
         # Users ascend in length: groups of short ones need no wide encoder
         parts = []
         cuts = [0, *(int(share * len(history)) for share in GROUPS), len(history)]
