@@ -50,6 +50,26 @@ def next_event(outputs: dict[str, np.ndarray], types: Sequence[str]) -> dict[str
     return kinds | {f"wait_{name}": wait[:, i] for i, name in enumerate(("mean", "low", "median", "high"))}
 
 
+def windows(outputs: dict[str, np.ndarray], classes: Sequence[str], threshold: float = 0.5) -> dict[str, Any]:
+    """`probability` of any class but the first, `alarm` (it reaches the threshold), `label`, `probabilities`,
+    and `relevance`, a list whose length is the window's number of channels."""
+    named = classification(outputs, classes)
+    probability = 1 - named["probabilities"][:, 0]
+    return {
+        "probability": probability,
+        "alarm": probability >= threshold,
+        "label": named["label"],
+        "probabilities": named["probabilities"],
+        "relevance": list(np.asarray(outputs["relevance"], dtype=np.float32)),
+    }
+
+
+def surprise(outputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """`surprise`, one less the mean of `similarity`, which is a list as long as the window's channels are many."""
+    similarity = np.asarray(outputs["similarity"], dtype=np.float32)
+    return {"surprise": 1 - similarity.mean(1), "similarity": list(similarity)}
+
+
 def ranked(outputs: dict[str, np.ndarray], names: Sequence[Any]) -> dict[str, Any]:
     """A row for each of a sample's `items` `[B, K]`, best first: `part` (place from 0), `item`, `score`, `fallback`.
 
@@ -77,6 +97,8 @@ COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {
     "classification": classification,
     "bag_classification": bag_classification,
     "ranked": ranked,
+    "windows": windows,
+    "surprise": surprise,
     "next_event": next_event,
 }
 

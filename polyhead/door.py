@@ -45,9 +45,14 @@ class Model:
         items = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
         samples = self.data.raw_dataset(items)
         size = batch_size or self.data.batch_size
+        # One input may give several samples, which the data module knows to put together; in order, or not at all
+        batches = self.data.batches(samples, "predict", 0)
+        if [i for batch in batches for i in batch] != list(range(len(samples))):
+            batches = [list(range(len(samples)))]
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(items), size):
-            rows += self._batch(samples, range(start, min(start + size, len(items))))
+        for batch in batches:
+            for start in range(0, len(batch), size):
+                rows += self._batch(samples, batch[start : start + size])
         return rows
 
     def _batch(self, samples: Any, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -61,7 +66,8 @@ class Model:
         rows: list[dict[str, Any]] = []
         if good:
             batch = move(self.data.collate(list(good)), self.system.device)
-            columns = by_row(batch["id"], self.system.columns(batch, self.system(batch)))
+            said = {**self.system.columns(batch, self.system(batch)), **batch.get("about", {})}
+            columns = by_row(batch["id"], said)
             lists = [_listed(values) for values in columns.values()]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
         for index, row in sorted(bad.items()):

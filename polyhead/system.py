@@ -199,7 +199,8 @@ class System(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if not batch["id"]:
             return {}
-        return self.columns(batch, self(batch))
+        # What the data know about each sample stands beside what the model says
+        return {**self.columns(batch, self(batch)), **batch.get("about", {})}
 
     def _start(self, stage: str) -> None:
         self.metrics[stage] = self.make_metrics().to(self.device)

@@ -230,7 +230,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, time, chan, out, lse = ctx.saved_tensors
         window, content, keep = ctx.settings
         scores = Scores(q, k, v, time, chan)
@@ -255,7 +255,7 @@ def attend(scores: Scores, window: int, content: bool = True, dropout: float = 0
     # One draw from the global generator a call: training stays reproducible and resumable
     seed = int(torch.randint(2**62, (1,))) if dropout else 0
     parts = [s.contiguous() for s in scores]
-    return _Attend.apply(*parts, window, content, dropout, seed)  # type: ignore[no-untyped-call]
+    return _Attend.apply(*parts, window, content, dropout, seed)
 
 
 def dense_weights(scores: Scores, window: int, content: bool = True) -> Tensor:

@@ -120,11 +120,15 @@ class EnergyEncoder(nn.Module):
         bands = [band.square().mean(-1) for band in self.wavelet(x)]
         return (torch.stack(bands, -1) + FLOOR).log().view(*x.shape[:-1], -1)
 
-    def forward(self, x: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> Tensor:
+        """Log energies, standardised where a mean and a deviation are given."""
         features = self.energies(x)
         if mean is not None and deviation is not None:
             features = (features - mean[:, None]) / deviation[:, None]
-        return self.proj(features)
+        return features
+
+    def forward(self, x: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> Tensor:
+        return self.proj(self.features(x, mean, deviation))
 
 
 class AdaptedLinear(nn.Linear):
@@ -475,7 +479,7 @@ class MVPFormer(nn.Module):
         if self.kind == "mean":
             return Output(channels.mean(1), channels / channels.shape[1])
         suspicion = channels[..., -1] - channels[..., 0]
-        order = suspicion.argsort(1, descending=True, stable=True)
+        order = suspicion.argsort(dim=1, descending=True)
         # The rank-th, or the last where there are fewer channels; as tensors, so that a tracer leaves C open
         place = torch.arange(channels.shape[1], device=channels.device)[-1:].clamp(max=self.rank - 1)
         chosen = order.index_select(1, place)[..., None].expand(-1, -1, channels.shape[-1])
@@ -483,6 +487,21 @@ class MVPFormer(nn.Module):
 
     def forward(self, x: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> Output:
         return self.classify(self.embed(x, mean, deviation))
+
+    def attended(self, x: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> Tensor:
+        """Where the last segment attends in the last block, `[B, T, C]`, the mean over heads and its channels."""
+        h = self.embed(x, mean, deviation)
+        tables = self.mvpformer.tables(h)
+        blocks: Any = list(self.mvpformer.h)
+        for block in blocks[:-1]:
+            h = block(h, *tables)
+        last = blocks[-1]
+        scores = last.attn.scores(last.ln_1(h), *tables, last=True)
+        bias = scores.time[:, :, 0, :, :, None] + scores.chan[:, :, 0, :, None, :]
+        logits = bias.flatten(-2)
+        if last.attn.content:
+            logits = logits + scores.q[:, :, 0] @ scores.k.transpose(-1, -2)
+        return logits.softmax(-1).mean((1, 2)).view(h.shape[0], *h.shape[1:3])
 
     def predict_next(self, embeddings: Tensor) -> Tensor:
         """Embeddings `[B, T, C, D]` -> the predicted embedding of each next segment `[B, T, C, D]`."""
