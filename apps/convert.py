@@ -30,8 +30,8 @@ def _from_timm(name: str) -> dict[str, Any]:
         raise UserError(f"the weights of timm:{name} cannot be fetched: {reason(error)[:200]}") from error
 
 
-def _class_names(path: str | None, count: int) -> list[str]:
-    """Names from a file with one a line; ImageNet's for 1000 classes; else the numbers."""
+def _class_names(path: str | None, count: int, pictures: bool) -> list[str]:
+    """Names from a file with one a line; ImageNet's for 1000 classes of pictures; else the numbers."""
     if path is not None:
         try:
             names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -40,7 +40,7 @@ def _class_names(path: str | None, count: int) -> list[str]:
         if len(names) != count or len(set(names)) != count:
             raise UserError(f"{path} holds {len(set(names))} different names, the checkpoint has {count} classes")
         return names
-    if count == 1000:
+    if count == 1000 and pictures:
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo()
@@ -89,9 +89,12 @@ def main(arguments: list[str]) -> int:
     sizes = {row["name"]: row.get("image_size", 224) for row in variants()}
     size = options.image_size or sizes.get(config.get("name"), 224)
     make = getattr(module, "recipe", image_recipe)
-    made = make(config, _class_names(options.classes, config["num_classes"]), size)
+    made = make(config, _class_names(options.classes, config["num_classes"], make is image_recipe), size)
     system = bundle.build_model(made["model"])
-    saved = bundle.Saved({f"network.{k}": v.float() if v.is_floating_point() else v for k, v in weights.items()},
+    # What a system keeps beside its network no published checkpoint has
+    beside = {k: v for k, v in system.state_dict().items() if not k.startswith("network.")}
+    own = {f"network.{k}": v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    saved = bundle.Saved({**beside, **own},
                          made["model"], made["data"], Path(str(options.checkpoint or options.source)))  # fmt: skip
     bundle.load_weights(system, saved)
     source = Path(options.checkpoint).name if options.checkpoint else options.source

@@ -30,7 +30,9 @@ OWN = {
 # A domain's own commands: name -> (dotted name, one line); imported when called
 DOMAIN: dict[str, tuple[str, str]] = {
     "tile": ("medical.slides.tile", "cut slides into tiles on tissue and describe them by an encoder"),
+    "pack": ("medical.packed.pack_command", "put feature files of bags into one memory-mapped folder"),
     "heatmap": ("medical.heatmap_command.heatmap", "draw a bag classifier's attention over a slide or photograph"),
+    "vectors": ("recsys.vectors_command.vectors", "write a recommender's items and users as vectors for an index"),
     "simulate": ("timeseries.event_simulate.simulate", "draw new event sequences from a trained model"),
 }
 

@@ -13,10 +13,10 @@ import torch
 from scipy.sparse import csr_matrix
 from torch.nn import functional as F
 
+from polyhead.catalogue import Catalogue
 from polyhead.data import DataModule, Samples, Split, Unreadable
 from polyhead.errors import UserError
 from polyhead.sources import existing
-from recsys.catalogue import Catalogue
 from recsys.histories import Histories, padded, transitions
 from recsys.logs import Log, LogFormat, core, read_log
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
+from polyhead.catalogue import Catalogue
 from polyhead.columns import make_columns
 from polyhead.errors import UserError
 from polyhead.system import Signature, System
 from recsys import ranking
-from recsys.catalogue import Catalogue
 from recsys.mqsa_ted import MQSATED, Trace, distillation_loss, recommendation_loss
 from recsys.ranking import rank, ranking_metrics, without_seen
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from polyhead.errors import UserError, nearest
 
-CONVERTERS = {n: f"checkpoints.converters.{n}" for n in ("shvit", "halonet", "spectformer", "tic", "sahp")}
+CONVERTERS = {n: f"checkpoints.converters.{n}" for n in ("shvit", "halonet", "spectformer", "tic", "sahp", "mqsa_ted")}
 
 Converter = Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
 

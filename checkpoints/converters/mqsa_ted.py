@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from polyhead.catalogue import Catalogue
 from polyhead.errors import UserError
 
 ITEM, POSITION = "item_embedding/item_embedding", "positional_embedding/position_embedding"
@@ -65,3 +66,17 @@ def to_polyhead(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     items, dim = given[ITEM].shape
     sizes = {"items": items, "max_len": given[POSITION].shape[0], "dim": dim, "blocks": blocks, "num_classes": items}
     return ours, sizes
+
+
+def recipe(config: Mapping[str, Any], classes: list[str], image_size: int) -> dict[str, Any]:
+    """Model and data in recipe form; `classes` are the item ids, numbers from 0 where nobody gave them.
+
+    What weights do not say stands as published: one head, window 3, equal mix.
+    """
+    ids: list[Any] = [int(c) for c in classes] if all(c.isdigit() for c in classes) else classes
+    facts = {"items": Catalogue(ids).pack(), "transitions": 0, "max_len": config["max_len"], "extend": None}
+    sizes = {k: config[k] for k in ("dim", "blocks")}
+    return {
+        "model": {"class_path": "recsys.NextItem", "init_args": {**sizes, "facts": facts}},
+        "data": {"class_path": "recsys.Interactions", "init_args": {"root": None, **facts}},
+    }

@@ -1,4 +1,4 @@
-"""The ids of the items a model knows, as one piece of text that a configuration can carry."""
+"""The ids that a model has numbered, as one piece of text that a configuration can carry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from polyhead.errors import UserError
 
 
 class Catalogue:
-    """Item ids and their numbers.
+    """Ids and their numbers.
 
     Args:
-        ids: numbers or strings, the first being item 0.
+        ids: numbers or strings; the first has the number 0.
     """
 
     def __init__(self, ids: Sequence[Any]) -> None:
