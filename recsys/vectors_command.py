@@ -63,12 +63,10 @@ def vectors(
 
 
 @torch.inference_mode()
-def _users(
-    system: NextItem, model: Any, root: str, options: dict[str, str | None]
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _users(system: NextItem, model: Any, options: dict[str, str | None]) -> tuple[np.ndarray, dict[str, Any]]:
     recipe = model.data.recipe
     given = {k: v for k, v in options.items() if v is not None}
-    data = bundle.build_data({**recipe, "init_args": {**recipe["init_args"], "root": root, **given}})
+    data = bundle.build_data({**recipe, "init_args": {**recipe["init_args"], **given}})
     assert isinstance(data, Interactions)
     data.setup("predict")
     samples: Any = data.samples("predict")
