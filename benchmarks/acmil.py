@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Report, measure, peak_memory
 from medical.acmil import ACMIL, HEADS, Output, draw_mask, losses
-from medical.bags import Bag, find_bags, pack, read_h5
+from medical.bags import Bag, find_bags, read_h5
+from medical.packed import pack
 
 K = 5
 

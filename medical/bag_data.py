@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from medical.bags import Bag, Instances, apply_labels, find_bags, folds, read_table
+from medical.bags import BAG_COLUMNS, Bag, Instances, apply_labels, find_bags, folds, pick_column, read_table
+from medical.image_bags import image_folders
 from medical.tiles import TileEncoder
 from polyhead.data import DataModule, Samples, Split, Unreadable, collate, generator
 from polyhead.errors import BadSample, UserError
-from polyhead.sources import Entry, existing, find
+from polyhead.sources import IMAGE_SUFFIXES, existing, find
 from polyhead.splits import assign_splits, class_key
 
 
@@ -52,7 +53,8 @@ class BagSamples:
         width: F that the model takes.
         most: at most so many instances, drawn anew every epoch; 0 is all.
         noise: standard deviations `[F]` of noise on the features, or None.
-        seed: of both.
+        seed: of these.
+        mirror: images are seen in a mirror drawn anew every epoch.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class BagSamples:
         most: int = 0,
         noise: np.ndarray | None = None,
         seed: int = 0,
+        mirror: bool = False,
     ) -> None:
-        self.bags, self.numbers, self.width = bags, numbers, width
+        self.bags, self.numbers, self.width, self.mirror = bags, numbers, width, mirror
         self.ids = [bag.id for bag in bags]
         self.most, self.noise, self.seed = most, noise, seed
 
@@ -73,11 +76,14 @@ class BagSamples:
 
     def load(self, index: int, epoch: int) -> dict[str, Any]:
         bag = self.bags[index]
-        got = bag.read()
+        source = generator(self.seed, epoch, index)
+        if self.mirror and bag.mirrored is not None:
+            got = bag.mirrored(int(torch.randint(4, (1,), generator=source)))
+        else:
+            got = bag.read()
         if got.features.shape[1] != self.width:
             found = got.features.shape[1]
             raise BadSample(f"{found} features an instance, the model takes {self.width}: of another encoder?")
-        source = generator(self.seed, epoch, index)
         rows: Any = slice(None)
         if self.most and len(got.features) > self.most:
             rows = torch.randperm(len(got.features), generator=source)[: self.most].sort().values.numpy()
@@ -108,12 +114,15 @@ class BagData(DataModule):
         name: which archive or table of a folder with several.
         labels: a table with a row a bag: its name, label, patient, split.
         encoder: for images: `encoder:efficientnet_lite0` or a timm name; None reads features.
+        instances: for images: `tiles` cuts each image, `images` takes a folder of images as a bag; `auto` does the
+            latter when the table of labels names folders.
         tile: for images: side of a tile in pixels.
         boxes: for images: a table of boxes (bag, xmin, ymin, xmax, ymax) that makes a tile positive; how
             well attention finds them is reported.
         box_kind: only boxes whose `cell` or `kind` column says this.
         max_instances: in training, at most so many instances a bag, drawn anew every epoch; 0 is all.
         noise: standard deviation of noise on standardised features in training.
+        mirror: in training, images are encoded in four mirrors, of which each epoch sees one.
         standardise: scale features by their mean and deviation over the training bags.
         mean, deviation: of the features; found from the training bags when None.
         classes: class names in order; None takes those of the training part, sorted.
@@ -130,11 +139,13 @@ class BagData(DataModule):
         name: str | None = None,
         labels: str | None = None,
         encoder: str | None = None,
+        instances: Literal["auto", "tiles", "images"] = "auto",
         tile: int = 80,
         boxes: str | None = None,
         box_kind: str | None = None,
         max_instances: int = 0,
         noise: float = 0.0,
+        mirror: bool = False,
         standardise: bool = True,
         mean: list[float] | None = None,
         deviation: list[float] | None = None,
@@ -158,8 +169,9 @@ class BagData(DataModule):
             if given is not None:
                 existing(given)
         self.name, self.labels, self.encoder_name, self.tile = name, labels, encoder, tile
-        self.boxes, self.box_kind = boxes, box_kind
+        self.boxes, self.box_kind, self.instances = boxes, box_kind, instances
         self.max_instances, self.noise, self.standardise = max_instances, noise, standardise
+        self.mirror = mirror
         self.mean, self.deviation = mean, deviation
         self.classes = list(classes) if classes is not None else None
         self.folds, self.fold, self.fold_column = folds, fold, fold_column
@@ -179,9 +191,47 @@ class BagData(DataModule):
             self._encoder = TileEncoder(self.encoder_name, self.tile, truth)
         return self._encoder
 
-    def _image_bags(self, entries: Sequence[Entry]) -> list[Bag]:
+    def _table(self) -> Path | None:
+        """The table of labels: as given, or `labels.csv`, `bags.csv` or `split.csv` in the root."""
+        if self.labels is not None:
+            return Path(self.labels)
+        if self.root is None or not Path(self.root).is_dir():
+            return None
+        beside = {p.stem: p for p in sorted(Path(self.root).glob("*.csv"))}
+        return next((beside[n] for n in ("labels", "bags", "split") if n in beside), None)
+
+    def _folder_bags(self) -> list[Bag] | None:
+        """Bags of instance images: of every folder that the table of labels names, or of every folder."""
+        table = self._table()
+        if self.instances == "tiles" or (self.instances == "auto" and table is None):
+            return None
+        names = None
+        if table is not None:
+            rows = read_table(table)
+            column = pick_column(rows, self.columns["bag"], BAG_COLUMNS, "bag", self.instances == "images", table)
+            names = {str(v) for v in rows[column].to_pylist()} if column is not None else set()
+        assert self.root is not None
+        # As for prediction: the table's rows are bags and not files, and are applied below
+        found = find(self.root, self.name, everything=True)
+        images = [e for e in found if Path(e.id).suffix.lower() in IMAGE_SUFFIXES]
+        folders = image_folders(images, names)
+        if not folders:
+            if self.instances == "images":
+                raise UserError(f"{self.root} has no folders of instance images that {table or 'a table'} names")
+            return None
+        self.instances = "images"
+        encoder = self._own_encoder(None)
+        bags = [Bag(name, partial(encoder.read_images, name, where)) for name, where in folders.items()]
+        return bags if table is None else apply_labels(bags, table, self.columns)
+
+    def _image_bags(self, everything: bool) -> list[Bag]:
+        assert self.root is not None
+        entries = find(self.root, self.name, everything=everything, label_column=self.columns["label"],
+                       group_column=self.columns["group"], split_column=self.columns["split"],
+                       path_column=self.columns["bag"])  # fmt: skip
         encoder = self._own_encoder(self._truth())
-        return [Bag(e.id, partial(encoder.read, e.id, e.location), e.label, e.group, e.split) for e in entries]
+        reads = [partial(encoder.read, e.id, e.location) for e in entries]
+        return [Bag(e.id, r, e.label, e.group, e.split, r) for e, r in zip(entries, reads, strict=True)]
 
     def _truth(self) -> dict[str, np.ndarray] | None:
         """Boxes `[n, 4]` (xmin, ymin, xmax, ymax) of every image that has some."""
@@ -206,18 +256,12 @@ class BagData(DataModule):
         if self.root is None:
             bags = planted_bags()
         elif self.encoder_name is not None:
-            entries = find(self.root, self.name, everything=everything, label_column=self.columns["label"],
-                           group_column=self.columns["group"], split_column=self.columns["split"],
-                           path_column=self.columns["bag"])  # fmt: skip
-            bags = self._image_bags(entries)
+            bags = self._folder_bags() or self._image_bags(everything)
         else:
             bags = find_bags(self.root, self.columns)
-            table = self.labels
-            if table is None and Path(self.root).is_dir():
-                beside = [p for p in sorted(Path(self.root).glob("*.csv")) if p.stem in ("labels", "split", "bags")]
-                table = str(beside[0]) if beside else None
+            table = self._table()
             if table is not None:
-                bags = apply_labels(bags, Path(table), self.columns)
+                bags = apply_labels(bags, table, self.columns)
         if not everything:
             self._bags = bags
         return bags
@@ -304,7 +348,7 @@ class BagData(DataModule):
         if self.classes is None:
             self.parts()
         self._measure()
-        return {"classes": self.classes, "mean": self.mean, "deviation": self.deviation}
+        return {"classes": self.classes, "mean": self.mean, "deviation": self.deviation, "instances": self.instances}
 
     def _features(self) -> int:
         self._measure()
@@ -320,7 +364,7 @@ class BagData(DataModule):
             return BagSamples(bags, numbers, self._features())
         width = self._features()
         noise = self.noise * np.array(self.deviation, dtype=np.float32) if self.noise else None
-        return BagSamples(bags, numbers, width, self.max_instances, noise, self.seed)
+        return BagSamples(bags, numbers, width, self.max_instances, noise, self.seed, self.mirror)
 
     def raw_dataset(self, items: Sequence[Any]) -> Samples:
         """Feature arrays `[N, F]`, feature files, or (with an encoder) images, as in prediction."""

@@ -1,4 +1,4 @@
-"""Bags of instance features from every layout in use, and the data module that serves them.
+"""Bags of instance features from every layout in use.
 
 A bag is a slide, a patient or a photograph; its instances are rows of features `[N, F]`, with coordinates
 where the file has them. Read: ACMIL's h5 (a group a slide), CLAM's h5 and pt, TRIDENT's h5, STAMP's h5,
@@ -7,11 +7,10 @@ tables with a row an instance, and our packed layout, which is memory-mapped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 from sklearn.model_selection import StratifiedGroupKFold
 
 from polyhead.errors import BadSample, UserError, nearest, reason
-from polyhead.files import atomic_write, write_text
 from polyhead.safe import read_tensor
 from polyhead.sources import existing
 
@@ -55,6 +53,8 @@ class Bag:
         id: its name.
         read: gives its instances. Raises BadSample.
         label, group, split: None where nothing says them; `group` is the patient.
+        mirrored: of an image, gives its instances as seen in mirror 0 to 3 (none, left-right, up-down, both), in
+            the order of the image itself.
     """
 
     id: str
@@ -62,6 +62,7 @@ class Bag:
     label: str | None = None
     group: str | None = None
     split: str | None = None
+    mirrored: Callable[[int], Instances] | None = None
 
 
 # ---- feature files
@@ -162,60 +163,6 @@ def _file_bags(folder: Path) -> list[Bag]:
     return _file_bags(below[0]) if below else []
 
 
-# ---- the packed layout
-
-
-def pack(bags: Sequence[Bag], folder: Path, dtype: Literal["float16", "float32"] = "float16") -> int:
-    """Write bags into one memory-mapped file with an index; what cannot be read is left out.
-
-    `features.npy` `[instances, F]`, `coords.npy` `[instances, 2]` (-1 without), `index.parquet` (id, start,
-    count, label, group, split, meta as JSON).
-
-    Returns:
-        How many bags could not be read.
-    """
-    rows: list[dict[str, Any]] = []
-    parts: list[np.ndarray] = []
-    coords: list[np.ndarray] = []
-    start = failed = 0
-    for bag in bags:
-        try:
-            got = bag.read()
-        except BadSample:
-            failed += 1
-            continue
-        parts.append(got.features.astype(dtype))
-        coords.append(got.coords if got.coords is not None else np.full((len(got.features), 2), -1))
-        rows.append({"id": bag.id, "start": start, "count": len(got.features), "label": bag.label,
-                     "group": bag.group, "split": bag.split, "meta": json.dumps(got.meta)})  # fmt: skip
-        start += len(got.features)
-    if not rows:
-        raise UserError("none of the bags could be read: nothing to pack")
-    for name, arrays in (("features.npy", parts), ("coords.npy", coords)):
-        with atomic_write(folder / name) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.concatenate(arrays))
-    with atomic_write(folder / "index.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-    write_text(folder / "packed.json", json.dumps({"layout": "polyhead bags", "bags": len(rows), "instances": start}))
-    return failed
-
-
-def _packed_bags(folder: Path) -> list[Bag]:
-    features = np.load(folder / "features.npy", mmap_mode="r")
-    coords = np.load(folder / "coords.npy", mmap_mode="r")
-
-    def read(row: dict[str, Any]) -> Instances:
-        part = slice(row["start"], row["start"] + row["count"])
-        where = coords[part]
-        return Instances(features[part], None if (where < 0).any() else np.asarray(where), json.loads(row["meta"]))
-
-    rows = pq.read_table(folder / "index.parquet").to_pylist()
-    return [
-        Bag(r["id"], lambda r=r: read(r), r["label"], r["group"], r["split"])  # type: ignore[misc]
-        for r in rows
-    ]
-
-
 # ---- tables
 
 
@@ -277,7 +224,7 @@ def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
             raise UserError(f"{path.name}: the rows of bag {name} have different labels")
         got = checked(values[rows], None, {}, name)
         first = {role: _text(next(iter(v))) for role, v in own.items()}
-        bags.append(Bag(name, lambda got=got: got, **first))  # type: ignore[misc]
+        bags.append(Bag(name, lambda got=got: got, **first))  # type: ignore[misc, arg-type]
     return bags
 
 
@@ -287,7 +234,9 @@ def find_bags(root: str | Path, columns: dict[str, str | None]) -> list[Bag]:
     if path.is_file():
         bags = _h5_bags(path) if path.suffix in (".h5", ".hdf5") else _table_bags(path, columns)
     elif (path / "packed.json").is_file():
-        bags = _packed_bags(path)
+        from medical.packed import packed_bags
+
+        bags = packed_bags(path)
     else:
         bags = _file_bags(path)
     if not bags:

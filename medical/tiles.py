@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from polyhead.pictures import Raw, to_tensor
 from polyhead.sources import Location, read_bytes
 
 STRIDES = (8, 16)
+# An instance image is shown to the encoder at this side at least
+SMALLEST = 96
 
 
 class TileEncoder:
@@ -46,22 +51,48 @@ class TileEncoder:
             raise UserError(f"{name} gives no maps of stride 8 and 16: choose another data.encoder")
         mean, std = normalisation(name)
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
-        self._kept: dict[str, Instances] = {}
+        self._kept: dict[tuple[str, int], Instances] = {}
 
-    def read(self, name: str, location: Location) -> Instances:
-        """The tiles of a file, kept for the next epoch. Raises BadSample."""
-        if name not in self._kept:
-            self._kept[name] = self.encode(name, decode_image(read_bytes(location)))
-        return self._kept[name]
+    def read(self, name: str, location: Location, mirror: int = 0) -> Instances:
+        """The tiles of a file as seen in a mirror, kept for the next epoch. Raises BadSample."""
+        if (name, mirror) not in self._kept:
+            self._kept[name, mirror] = self.encode(name, decode_image(read_bytes(location)), mirror)
+        return self._kept[name, mirror]
+
+    def read_images(self, name: str, locations: Sequence[Location]) -> Instances:
+        """A bag of images, one instance each, in the order given; kept. Raises BadSample."""
+        if (name, 0) not in self._kept:
+            rows = [self._whole(decode_image(read_bytes(location))) for location in locations]
+            files = [Path(where.member or where.path).name for where in locations]
+            self._kept[name, 0] = Instances(np.stack(rows), None, {"encoder": self.name, "files": files})
+        return self._kept[name, 0]
+
+    def _whole(self, image: Image.Image) -> np.ndarray:
+        """The features `[F]` of a picture as one tile, squashed to a square that the encoder can describe."""
+        side = max(SMALLEST, self.tile)
+        found = self.with_tile(side).encode("", image.resize((side, side), Image.Resampling.BICUBIC))
+        return found.features[0]
+
+    def with_tile(self, tile: int) -> TileEncoder:
+        """The same encoder with another side of the tile."""
+        twin = copy.copy(self)
+        twin.tile = tile
+        return twin
 
     def read_raw(self, name: str, item: Any) -> Instances:
         """The tiles of a path, picture or array. Raises BadSample."""
         return self.encode(name, Raw([item], None)(0))
 
     @torch.inference_mode()
-    def encode(self, name: str, image: Image.Image) -> Instances:
-        """The tiles of an RGB picture: features float16 `[rows * columns, F]`, top-left corners in pixels."""
+    def encode(self, name: str, image: Image.Image, mirror: int = 0) -> Instances:
+        """The tiles of an RGB picture: features float16 `[rows * columns, F]`, top-left corners in pixels.
+
+        `mirror` 1 shows the encoder the picture with left and right exchanged, 2 upside down, 3 both; the
+        tiles keep the picture's own order.
+        """
+        axes = [axis for axis, bit in ((-1, 1), (-2, 2)) if mirror & bit]
         x = (to_tensor(image)[None].float() / 255 - self.mean) / self.std
+        x = x.flip(axes)
         height, width = x.shape[-2:]
         # The network halves five times; whole strides keep its maps in register with the picture
         x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
@@ -73,7 +104,7 @@ class TileEncoder:
             stride = x.shape[-1] / value.shape[-1]
             seen = value[..., : max(1, round(height / stride)), : max(1, round(width / stride))]
             pooled += [F.adaptive_avg_pool2d(seen, grid), F.adaptive_max_pool2d(seen, grid)]
-        features = torch.cat(pooled, 1)[0].flatten(1).T.contiguous().half().numpy()
+        features = torch.cat(pooled, 1).flip(axes)[0].flatten(1).T.contiguous().half().numpy()
         rows, columns = np.divmod(np.arange(len(features)), grid[1])
         high, wide = height / grid[0], width / grid[1]
         coords = np.stack([columns * wide, rows * high], 1).astype(np.int64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -13,9 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from medical.bag_data import BagData, planted_bags
-from medical.bags import find_bags, folds, pack
+from medical.bag_data import BagData, BagSamples, planted_bags
+from medical.bags import Bag, find_bags, folds
+from medical.packed import pack, pack_command
+from medical.tiles import TileEncoder
 from polyhead.errors import BadSample, UserError
 from tests.command import polyhead
 
@@ -37,7 +42,7 @@ def test_packing_keeps_every_bag(tmp_path: Path) -> None:
         write_h5(tmp_path / f"in/s{index}.h5", rng.normal(size=(count, 4)), rng.integers(0, 99, (count, 2)))
     (tmp_path / "in/broken.h5").write_bytes(b"not hdf5")
     bags = find_bags(tmp_path / "in", NONE)
-    assert pack(bags, tmp_path / "out") == 1
+    assert len(pack(bags, tmp_path / "out")) == 1
     packed = {b.id: b.read() for b in find_bags(tmp_path / "out", NONE)}
     assert sorted(packed) == ["s0", "s1", "s2"]
     for bag in bags:
@@ -47,9 +52,7 @@ def test_packing_keeps_every_bag(tmp_path: Path) -> None:
             np.testing.assert_array_equal(packed[bag.id].coords, got.coords)
 
 
-@pytest.mark.parametrize(
-    ("features", "says"), [(np.zeros((0, 4)), "no instances"), (np.zeros(4), "is needed")]
-)
+@pytest.mark.parametrize(("features", "says"), [(np.zeros((0, 4)), "no instances"), (np.zeros(4), "is needed")])
 def test_what_is_no_bag_is_said(tmp_path: Path, features: np.ndarray, says: str) -> None:
     write_h5(tmp_path / "one.h5", features)
     write_h5(tmp_path / "two.h5", np.zeros((2, 4)))
@@ -151,3 +154,94 @@ def test_a_large_bag_is_streamed_to_the_same_answer(monkeypatch: pytest.MonkeyPa
         streamed = system.outputs(**batch)
     for name, value in whole.items():
         torch.testing.assert_close(streamed[name], value, rtol=1e-4, atol=1e-6)
+
+
+# Images as bags
+
+
+def instance_images(root: Path, archive: bool = False) -> Path:
+    """Six bags of instance images: bright ones hold a white square."""
+    rows = ["bag,label,patient"]
+    pictures = root / "pictures"
+    for number in range(6):
+        folder = pictures / f"B{number}"
+        folder.mkdir(parents=True)
+        for instance in range(3 + number % 2):
+            image = Image.new("RGB", (40, 30), (20, 30, 40))
+            if number % 2 and instance == 0:
+                image.paste((255, 255, 255), (5, 5, 25, 25))
+            image.save(folder / f"i{instance}.png")
+        rows.append(f"B{number},{number % 2},p{number // 2}")
+    if archive:
+        with zipfile.ZipFile(root / "pictures.zip", "w") as file:
+            for path in sorted(pictures.rglob("*.png")):
+                file.write(path, str(path.relative_to(pictures)))
+        shutil.rmtree(pictures)
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_folders_of_instance_images_are_bags(tmp_path: Path, archive: bool) -> None:
+    data = BagData(str(instance_images(tmp_path, archive)), encoder="encoder:efficientnet_lite0")
+    bags = {b.id: b for b in data.bags()}
+    assert sorted(bags) == [f"B{i}" for i in range(6)] and data.facts()["instances"] == "images"
+    assert [len(bags[f"B{i}"].read().features) for i in range(6)] == [3, 4] * 3
+    assert bags["B3"].label == "1" and bags["B3"].group == "p1"
+    assert bags["B1"].read().meta["files"] == ["i0.png", "i1.png", "i2.png", "i3.png"]
+    bright, dark = bags["B1"].read().features, bags["B0"].read().features
+    assert np.abs(bright[0] - dark[0]).max() > 0.1 and np.array_equal(bright[1], dark[1])
+
+
+def test_a_model_of_instance_images_needs_no_table_to_predict(tmp_path: Path) -> None:
+    root = instance_images(tmp_path)
+    (root / "labels.csv").unlink()
+    bags = BagData(str(root), encoder="encoder:efficientnet_lite0", instances="images").bags(everything=True)
+    assert sorted(b.id for b in bags) == [f"pictures/B{i}" for i in range(6)]
+
+
+def test_a_table_that_names_files_means_tiles(tmp_path: Path) -> None:
+    root = instance_images(tmp_path)
+    files = sorted((root / "pictures").rglob("*.png"))
+    rows = [f"{p.relative_to(root)},{i % 2}" for i, p in enumerate(files)]
+    (root / "labels.csv").unlink()
+    (root / "split.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    data = BagData(str(root), encoder="encoder:efficientnet_lite0", tile=20)
+    assert len(data.bags()) == len(files) and data.facts()["instances"] == "auto"
+
+
+def test_mirrored_encodings_keep_the_order_of_the_tiles(tmp_path: Path) -> None:
+    image = Image.new("RGB", (160, 96), (90, 90, 90))
+    image.paste((255, 255, 255), (0, 0, 32, 32))
+    encoder = TileEncoder("encoder:efficientnet_lite0", 32, None)
+    plain = encoder.encode("a", image).features.astype(np.float32)
+    flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    seen = encoder.encode("a", flipped).features.astype(np.float32).reshape(3, 5, -1)[:, ::-1].reshape(15, -1)
+    mirrored = encoder.encode("a", image, 1).features.astype(np.float32)
+    assert np.allclose(mirrored, seen, atol=1e-2)
+    assert np.abs(mirrored - plain).max() > 1e-2
+    samples = [BagSamples([Bag("a", lambda: encoder.encode("a", image), "0", None, None,
+                               lambda k: encoder.encode("a", image, k))], {"0": 0}, plain.shape[1], mirror=on)
+               for on in (False, True)]  # fmt: skip
+    still = {samples[0].load(0, epoch)["features"].float().sum().item() for epoch in range(8)}
+    moving = {samples[1].load(0, epoch)["features"].float().sum().item() for epoch in range(8)}
+    assert len(still) == 1 and len(moving) > 1
+
+
+def test_packing_streams_and_tells_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    arrays = {f"s{i}": rng.normal(size=(5 + i, 4)).astype(np.float32) for i in range(12)}
+    for name, values in arrays.items():
+        with h5py.File(tmp_path / "in" / f"{name}.h5", "w") as file:
+            file["features"] = values
+    (tmp_path / "in" / "broken.h5").write_bytes(b"no")
+    rows = ["slide_id,label,patient", *(f"s{i},{i % 2},p{i}" for i in range(12)), "broken,0,p99"]
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    pack_command(str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "labels.csv"), dtype="float32")
+    assert "left out broken" in capsys.readouterr().err
+    bags = find_bags(tmp_path / "out", NONE)
+    assert {b.id: (b.label, b.group) for b in bags} == {f"s{i}": (str(i % 2), f"p{i}") for i in range(12)}
+    assert all(np.array_equal(b.read().features, arrays[b.id]) for b in bags)
+    with pytest.raises(UserError, match="is packed already"):
+        pack_command(str(tmp_path / "in"), str(tmp_path / "out"))
