@@ -18,11 +18,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Settings:
+    """What stands in for the class of training settings that some published checkpoints keep beside their weights.
+
+    It takes any attributes and does nothing.
+    """
+
+
+# Names in published checkpoints -> the inert class that is built in place of theirs
+INERT = {"utils.utils.Struct": Settings}
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dictionary in a safetensors or torch file, on the CPU, without running anything that it holds.
 
-    Beside tensors and plain containers exactly one class is admitted, `argparse.Namespace`, because training
-    checkpoints keep their command line in one.
+    Beside tensors and plain containers `argparse.Namespace` is admitted, because training checkpoints keep
+    their command line in one, and for the names in `INERT` an empty class is built.
 
     Raises:
         UserError: no such file, not such a file, or a file that asks for anything else to be imported.
@@ -50,7 +61,8 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        admitted: list[Any] = [argparse.Namespace, *((stub, name) for name, stub in INERT.items())]
+        with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
             # Foreign pickles make torch doubt aloud whether it will manage
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
