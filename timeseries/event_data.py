@@ -28,6 +28,8 @@ SAMPLE = {
 }
 # Points after the last event at which predictions hold the intensity, in mean gaps
 AHEAD = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+# Positions of a training batch that the smallest data have too
+FEWEST = 64
 
 
 def embedded() -> Reading:
@@ -105,7 +107,8 @@ class EventData(DataModule):
         labels: what people call them; from a `marks.csv` beside the data if None.
         time_scale: the mean gap, in which the model measures time; found from the training part when None.
         max_events: longer sequences are served in pieces of so many events; the first of a later piece is given.
-        max_positions: padded positions of a batch, which bounds the memory.
+        max_positions: padded positions of a batch, which bounds the memory; training takes smaller batches of small
+            data, so that an epoch has some 50 steps.
         val_fraction, test_fraction: shares of parts that the data do not name.
         sequence_column, time_column, type_column, end_column, split_column: a table's columns; by usual names if None.
         batch_size, num_workers, seed, on_error: see `polyhead.data.DataModule`; `batch_size` is the most sequences.
@@ -295,6 +298,12 @@ class EventData(DataModule):
             self._baseline = ExponentialHawkes(len(self.types or [])).fit(spans)
         return self._baseline
 
+    def rates(self) -> np.ndarray:
+        """`[K]`: events of each type in the training part per reported unit, none of them 0."""
+        train = self._spans("train")
+        counts = np.bincount(np.concatenate([s.types[int(s.given) :] for s in train]), minlength=len(self.types or []))
+        return np.maximum(counts, 0.1) / sum(s.end - s.start for s in train)
+
     def baseline_scores(self, split: Split) -> dict[str, float]:
         """What the exponential Hawkes process, and a Poisson process, get on a part, in nats an event."""
         fitted = self.baseline()
@@ -310,9 +319,7 @@ class EventData(DataModule):
         }
         if scores.right is not None:
             found["hawkes_type_accuracy"] = float(scores.right.mean())
-        train = self._spans("train")
-        counts = np.bincount(np.concatenate([s.types[int(s.given) :] for s in train]), minlength=fitted.types)
-        rates = np.maximum(counts, 0.1) / sum(s.end - s.start for s in train)
+        rates = self.rates()
         own = np.concatenate([s.types[int(s.given) :] for s in spans])
         length = sum(s.end - s.start for s in spans)
         found["poisson_nll"] = float(rates.sum() * length - np.log(rates[own]).sum()) / events
@@ -358,10 +365,13 @@ class EventData(DataModule):
         order = self.order(samples, split, epoch)
         lengths = getattr(samples, "lengths", np.ones(len(samples)))
         order = order[np.argsort(lengths[order], kind="stable")]
+        room = self.max_positions
+        if split == "train":
+            room = min(room, max(FEWEST, int(lengths.sum()) // 50))
         batches: list[list[int]] = [[]]
         for index in order.tolist():
             if batches[-1] and (len(batches[-1]) + 1 > self.batch_size
-                                or (len(batches[-1]) + 1) * lengths[index] > self.max_positions):  # fmt: skip
+                                or (len(batches[-1]) + 1) * lengths[index] > room):  # fmt: skip
                 batches.append([])
             batches[-1].append(index)
         if split == "train":
@@ -387,7 +397,7 @@ class EventData(DataModule):
     def plan(self) -> dict[str, str]:
         lines = {}
         for split in ("train", "val"):
-            samples: Any = self.samples(split)  # type: ignore[arg-type]
+            samples: Any = self.samples(split)
             events = sum(len(p.span.times) for p in samples.pieces)
             lines[split] = f"{len(samples):,} sequences, {events:,} events"
         scored = "all events" if self.first_event == "scored" else "events after the first"

@@ -22,6 +22,8 @@ Alignment = Literal["causal", "official"]
 INPUTS = ("dt", "types", "length", "ahead")
 # The interval given with every predicted time
 LEVELS = (0.05, 0.5, 0.95)
+# What the kernels begin with of the fitted Hawkes process; the rest begins as constant rates
+SHARE = 0.5
 # Between epochs of a fit, the next event's distribution is found for every so many'th event
 FEWER = 8
 
@@ -110,21 +112,21 @@ class EventModel(System):
         )
 
     def begin(self, data: Any) -> None:
-        """Start new weights as the Hawkes process fitted to the training part: base rates, decay and excitation."""
+        """Start new weights from the training part: base rates, and kernels as in the fitted Hawkes process.
+
+        The network begins with an equal share of the intensity, or it would hardly come to have any.
+        """
         fitted = data.baseline() if hasattr(data, "baseline") else None
         network = self.network
         if fitted is None or not isinstance(network.cell, TanhCell):
             return
-        base = torch.as_tensor(fitted.mu_ * self.scale, dtype=torch.float32)
-        decay = fitted.decay_ * self.scale
-        with torch.no_grad():
-            # Without excitation the base rates take its share
-            if network.excitation is None:
-                base = base / base.sum()
-            network.cell.head.bias.copy_(inverse_softplus(base.clamp(min=1e-6)))
-            network.cell.head.weight.mul_(0.1)
+        base = torch.as_tensor(data.rates(), dtype=torch.float32)
         if network.excitation is not None:
-            network.excitation.begin(torch.as_tensor(fitted.alpha_, dtype=torch.float32), decay)
+            base = (1 - SHARE) * base + SHARE * torch.as_tensor(fitted.mu_, dtype=torch.float32)
+            alpha = SHARE * torch.as_tensor(fitted.alpha_, dtype=torch.float32)
+            network.excitation.begin(alpha, fitted.decay_ * self.scale)
+        with torch.no_grad():
+            network.cell.head.bias.copy_(inverse_softplus((base * self.scale).clamp(min=1e-6)))
 
     # Training and evaluation
 
