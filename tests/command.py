@@ -12,7 +12,7 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["apps.cli", "polyhead.export", "polyhead.progress", "torch.utils.tensorboard", "tests.toy", "vision.tasks",
-     "vision.images"]
+     "vision.images", "recsys.tasks", "recsys.interactions"]
 )  # fmt: skip
 
 

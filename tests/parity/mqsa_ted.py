@@ -247,10 +247,11 @@ def pipeline_case(folder: Path, path: Path) -> Iterator[Check]:
               for k in meta if k.startswith("transition_span")}  # fmt: skip
     expected: dict[str, Any] = {f"arrays.{k}": v for k, v in meta["arrays"].items() if k != "note"}
     got: dict[str, Any] = {
-        "arrays.train_input": digest(inputs), "arrays.train_target": digest(targets),
-        "arrays.valid_input": digest(data.pad(data.seen["valid"])), "arrays.test_input": digest(data.pad(data.seen["test"])),
-        "arrays.valid_target": digest(data.target["valid"]), "arrays.test_target": digest(data.target["test"]),
-    }  # fmt: skip
+        "arrays.train_input": digest(inputs),
+        "arrays.train_target": digest(targets),
+        **{f"arrays.{part}_input": digest(data.pad(data.seen[part])) for part in ("valid", "test")},
+        **{f"arrays.{part}_target": digest(data.target[part]) for part in ("valid", "test")},
+    }
     ever = set(data.train.items.tolist())
     facts: dict[str, Any] = {
         "train_positions": int((targets < data.items).sum()),
@@ -273,12 +274,13 @@ def pipeline_case(folder: Path, path: Path) -> Iterator[Check]:
         prefix = f"transition_span{span}"
         expected |= {f"{prefix}.{k}": v for k, v in meta[prefix].items()}
         sums = np.asarray(matrix.sum(1)).ravel()
+        histogram = zip(*np.unique(matrix.data, return_counts=True), strict=True)
         facts = {
             "nnz": matrix.nnz, "total": int(matrix.sum()), "max_count": int(matrix.max()),
             "nonempty_rows": int((np.diff(matrix.indptr) > 0).sum()), "nonempty_cols": len(np.unique(matrix.indices)),
             "diagonal_total": int(matrix.diagonal().sum()), "max_row_sum": int(sums.max()),
             "max_row_nnz": int(np.diff(matrix.indptr).max()),
-            "count_histogram": {str(k): int(v) for k, v in zip(*np.unique(matrix.data, return_counts=True), strict=True)},
+            "count_histogram": {str(k): int(v) for k, v in histogram},
             "sha256_indptr": digest(matrix.indptr), "sha256_indices": digest(matrix.indices),
             "sha256_counts": digest(matrix.data),
         }  # fmt: skip
