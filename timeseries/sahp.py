@@ -23,7 +23,8 @@ Score = Literal["softmax", "exp_softmax"]
 Variant = Literal["sahp", "easytpp"]
 # exp of more overflows float32 before the softmax can normalise it
 LARGEST_SCORE = 80.0
-TILE = 32
+# Queries at a time, and up to how many rows
+TILE, LONG = 32, 512
 
 
 def _traced() -> bool:
@@ -130,13 +131,15 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.extended(k, v)
         drop = self.dropout if self.training else 0.0
-        if weights is None and self.score == "softmax":
-            allowed = None if mask is None else mask[:, None]
-            mixed = F.scaled_dot_product_attention(q, k, v, allowed, drop, is_causal=mask is None)
-        elif weights is None and mask is None and rows > TILE and not _traced():
+        # On a CPU tiles of small heads are quicker than the fused kernel, as long as they fit
+        tiled = mask is None and not _traced() and (self.score == "exp_softmax" or (x.is_cpu and rows <= LONG))
+        if weights is None and tiled:
             # Tiles of queries touch no key that lies after them
             tiles = [self._mix(q[:, :, a : a + TILE], k, v, None, drop, a)[0] for a in range(0, rows, TILE)]
             mixed = torch.cat(tiles, 2)
+        elif weights is None and self.score == "softmax":
+            allowed = None if mask is None else mask[:, None]
+            mixed = F.scaled_dot_product_attention(q, k, v, allowed, drop, is_causal=mask is None)
         else:
             mixed, attention = self._mix(q, k, v, mask, drop)
             if weights is not None:
