@@ -34,6 +34,9 @@ DOMAIN: dict[str, tuple[str, str]] = {
     "heatmap": ("medical.heatmap_command.heatmap", "draw a bag classifier's attention over a slide or photograph"),
     "vectors": ("recsys.vectors_command.vectors", "write a recommender's items and users as vectors for an index"),
     "simulate": ("timeseries.event_simulate.simulate", "draw new event sequences from a trained model"),
+    "epileptor": ("timeseries.recording_commands.epileptor", "simulate recordings with seizures at known times"),
+    "annotate": ("timeseries.recording_commands.annotate", "write predicted seizures as events, EDF+ and pictures"),
+    "baseline": ("timeseries.recording_commands.baseline", "a classical model on the data of a trained one"),
 }
 
 

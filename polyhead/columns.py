@@ -51,12 +51,13 @@ def next_event(outputs: dict[str, np.ndarray], types: Sequence[str]) -> dict[str
 
 
 def windows(outputs: dict[str, np.ndarray], classes: Sequence[str], threshold: float = 0.5) -> dict[str, Any]:
-    """`probability` of any class but the first, `alarm` (it reaches the threshold), `label`, `probabilities`,
+    """`probability` of any class but the first, `threshold`, `alarm` (it is reached), `label`, `probabilities`,
     and `relevance`, a list whose length is the window's number of channels."""
     named = classification(outputs, classes)
     probability = 1 - named["probabilities"][:, 0]
     return {
         "probability": probability,
+        "threshold": np.full(len(probability), threshold, np.float32),
         "alarm": probability >= threshold,
         "label": named["label"],
         "probabilities": named["probabilities"],

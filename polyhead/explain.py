@@ -20,6 +20,11 @@ def safe_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name.replace("/", "__"))[:150]
 
 
+def first(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first samples of a batch; what stands under a name may be columns of its own."""
+    return {k: first(v, count) if isinstance(v, dict) else v[:count] for k, v in batch.items()}
+
+
 def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
@@ -49,7 +54,7 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
         if not batch["id"]:
             continue
         room = limit - count
-        batch = {k: v[:room] for k, v in move(batch, system.device).items()}
+        batch = first(move(batch, system.device), room)
         for name, (figure, arrays) in zip(batch["id"], describe(batch), strict=True):
             with atomic_write(folder / f"{safe_name(name)}.png") as path:
                 figure.savefig(path, dpi=100, bbox_inches="tight")

@@ -8,7 +8,7 @@ __getattr__ = lazy(
         "EventModel": "timeseries.event_tasks",
         "EventData": "timeseries.event_data",
         "SeizureDetector": "timeseries.recording_tasks",
-        "SignalModel": "timeseries.recording_tasks",
+        "SignalModel": "timeseries.pretraining",
         "RecordingData": "timeseries.recording_data",
     },
 )

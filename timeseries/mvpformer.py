@@ -374,15 +374,18 @@ class LinearHead(nn.Module):
 
 
 class NamedHead(nn.Module):
-    """A weight for every channel of a fixed, named set, zero at first: `[B, C, D]` -> shares `[B, C, K]`."""
+    """A weight for every channel of a fixed, named set, zero at first: `[B, C, D]` -> shares `[B, C, K]`.
+
+    The first class is what the others are measured against: its logit is 0.
+    """
 
     def __init__(self, channels: int, width: int, classes: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(classes, channels, width))
-        self.bias = nn.Parameter(torch.zeros(classes))
+        self.weight = nn.Parameter(torch.zeros(classes - 1, channels, width))
+        self.bias = nn.Parameter(torch.zeros(classes - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bcd,kcd->bck", x, self.weight) + self.bias / x.shape[1]
+        return F.pad(torch.einsum("bcd,kcd->bck", x, self.weight) + self.bias / x.shape[1], (1, 0))
 
 
 class MVPFormer(nn.Module):

@@ -6,173 +6,27 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from polyhead.data import DataModule, Samples, Split, Unreadable, collate, generator
+from polyhead.data import DataModule, Samples, Split, Unreadable, collate
 from polyhead.errors import BadSample, UserError
 from polyhead.sources import existing
 from polyhead.splits import split_indices
-from timeseries import epileptor
-from timeseries.edf import Mark
 from timeseries.mvpformer import EnergyEncoder
+from timeseries.recording_windows import Opened, Windows, class_of, simulated
 from timeseries.recordings import ArraySource, Recording, find_recordings, open_recording
-from timeseries.seizures import Intervals, join
 from timeseries.signals import Cache, Preparation, Prepared, Reference, Scale, check_preparation
 
 SEIZURE = ["*seizure*", "seiz", "sz", "sz[ _0-9-]*", "ictal*"]
-# The embedded sample: contacts of each simulated recording
-SIMULATED: dict[str, tuple[int, ...]] = {
-    "train": (16, 8, 12, 10, 14, 9),
-    "val": (12, 16, 10),
-    "test": (6, 8, 10, 12, 16, 20, 24, 6, 14, 18, 22, 24, 16, 9),
-}
 PARTS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",),
 }  # fmt: skip
 # Segments from which a recording's own energies are measured
 MEASURED = 240
-
-
-def simulated(split: str, hours: float, seed: int) -> list[Recording]:
-    """The embedded sample's recordings of a part (see `timeseries.epileptor`)."""
-    offset = {"train": 0, "val": 1, "test": 2, "predict": 3}[split]
-    contacts = SIMULATED.get(split, SIMULATED["val"][:1])
-    made = epileptor.simulate(contacts, seed=1000 * seed + offset, hours=hours)
-    return [as_recording(f"simulated-{split}-{i:02d}", one, split) for i, one in enumerate(made)]
-
-
-def as_recording(name: str, one: epileptor.Simulated, split: str | None = None) -> Recording:
-    names = [f"A{i + 1}" for i in range(len(one.signal))]
-    marks = [Mark(m.onset, m.duration, m.kind, tuple(names[c] for c in m.channels)) for m in one.seizures]
-    marks += [Mark(m.onset, m.duration, f"artefact {m.kind}") for m in one.artefacts]
-    source = ArraySource(one.signal, epileptor.RATE, names, epileptor.MICROVOLT)
-    return Recording(name, source, ["seeg"] * len(names), set(), sorted(marks), name, split)
-
-
-class Opened:
-    """A recording ready to serve windows: prepared signal, events of each class, stretches to stay away from."""
-
-    def __init__(self, prepared: Prepared, classes: dict[str, Sequence[str]], split: str | None) -> None:
-        self.prepared, self.split = prepared, split
-        recording = prepared.recording
-        self.id, self.group, self.marks = recording.id, recording.group, recording.marks
-        self.events: list[list[Mark]] = [[] for _ in classes]
-        self.others: list[Mark] = []
-        for mark in paired(self.marks, prepared.notes, classes):
-            number = class_of(mark.text, classes)
-            if mark.onset > recording.duration or mark.onset + mark.duration < 0:
-                prepared.notes.append(f"annotation {mark.text!r} at {mark.onset:.1f} s is outside the recording")
-            elif number is None:
-                self.others.append(mark)
-            else:
-                self.events[number].append(mark)
-
-    def truth(self, number: int) -> Intervals:
-        """Stretches of a class, those that touch each other joined."""
-        return join([(m.onset, m.onset + m.duration) for m in self.events[number]], 0.0)
-
-
-def class_of(text: str, classes: dict[str, Sequence[str]]) -> int | None:
-    """The number of the first class one of whose patterns the text matches, whatever its case."""
-    lower = text.strip().lower()
-    return next((i for i, ps in enumerate(classes.values()) if any(fnmatch(lower, p.lower()) for p in ps)), None)
-
-
-def paired(marks: Sequence[Mark], notes: list[str], classes: dict[str, Sequence[str]]) -> list[Mark]:
-    """Marks with durations: a class's `... onset` without one ends at its next `... offset`."""
-    result: list[Mark] = []
-    begun: Mark | None = None
-    lost = 0
-    for mark in marks:
-        known = class_of(mark.text, classes) is not None
-        words = mark.text.lower()
-        if not known or mark.duration > 0:
-            result.append(mark)
-        elif any(w in words for w in ("offset", "end", "stop")):
-            if begun is not None:
-                result.append(begun._replace(duration=mark.onset - begun.onset))
-            begun = None
-        else:
-            lost += begun is not None
-            begun = mark
-    lost += begun is not None
-    if lost:
-        notes.append(f"{lost} annotation{'s' if lost > 1 else ''} of a class without duration or end, left out")
-    return result
-
-
-class Windows:
-    """Windows of recordings as samples.
-
-    Attributes:
-        rows: int64 `[n, 4]`: recording, piece, first sample (at the model's rate, below 0 where padded), label.
-        hard: windows that meet some other annotation `[n]`.
-        failed: recordings that cannot be read, as (id, reason); they come after the windows.
-    """
-
-    def __init__(self, module: RecordingData, recordings: list[Opened], split: Split,
-                 failed: list[Unreadable]) -> None:  # fmt: skip
-        self.module, self.recordings, self.split, self.failed = module, recordings, split, failed
-        parts = [module.windows_of(r, i, split) for i, r in enumerate(recordings)]
-        self.rows = np.concatenate([p[0] for p in parts]) if parts else np.zeros((0, 4), np.int64)
-        self.hard = np.concatenate([p[1] for p in parts]) if parts else np.zeros(0, bool)
-
-    def __len__(self) -> int:
-        return len(self.rows) + len(self.failed)
-
-    @cached_property
-    def ids(self) -> list[str]:
-        names = [f"{self.recordings[r].id}@{self._start(r, p, s):.3f}" for r, p, s, _ in self.rows.tolist()]
-        return names + [f.id for f in self.failed]
-
-    @cached_property
-    def truth(self) -> list[Intervals]:
-        """The marked stretches of every recording that are of any class but background."""
-        return [join([i for n in range(len(o.events)) for i in o.truth(n)], 0.0) for o in self.recordings]
-
-    def _start(self, recording: int, piece: int, sample: int) -> float:
-        return self.recordings[recording].prepared.pieces[piece][0] + sample / self.module.rate
-
-    def load(self, index: int, epoch: int) -> dict[str, Any]:
-        if index >= len(self.rows):
-            raise BadSample(self.failed[index - len(self.rows)].reason)
-        module = self.module
-        number, piece, first, label = (int(v) for v in self.rows[index])
-        opened = self.recordings[number]
-        prepared = opened.prepared
-        source = generator(module.seed, epoch, index) if self.split == "train" else None
-        if source is not None:
-            first = module.moved(first, prepared.pieces[piece][1], source)
-        size, length = module.window_samples, module.segment_samples
-        signal = prepared.read(piece, first, size)
-        x = torch.from_numpy(np.ascontiguousarray(signal.reshape(len(signal), -1, length).swapaxes(0, 1)))
-        start = self._start(number, piece, first)
-        stop = start + module.window
-        sample: dict[str, Any] = {
-            "id": self.ids[index], "group": opened.group, "x": x,
-            "recording": torch.tensor(number), "first": torch.tensor(first),
-            "start": torch.tensor(start, dtype=torch.float64), "stop": torch.tensor(stop, dtype=torch.float64),
-        }  # fmt: skip
-        if self.split != "predict" and module.labelled:
-            if module.windows == "sliding":
-                label, channels = module.label_of(opened, stop)
-                sample["channel_label"] = torch.from_numpy(channels)
-            sample["label"] = torch.tensor(label)
-            sample["truth"] = self.truth[number]
-        if module.standardise:
-            sample["mean"], sample["deviation"] = module.energies_of(opened)
-        if source is not None:
-            module.augment(sample, source)
-        sample["about"] = {
-            "recording": opened.id, "start": start, "stop": stop, "channels": prepared.names,
-            "padded": first < 0 or first + size > prepared.pieces[piece][1], "notes": "; ".join(prepared.notes),
-        }  # fmt: skip
-        return sample
 
 
 class RecordingData(DataModule):
@@ -192,6 +46,7 @@ class RecordingData(DataModule):
         stride: seconds between windows; a segment by default.
         offsets: for windows at events, where they start after the annotation does, in seconds; None slides by the
             stride as long as the annotation lasts.
+        train_offsets: in training, windows at events start anywhere between these two instead.
         jitter: in training, windows start this many seconds earlier or later at random.
         channels: names, in order, that all recordings give; None takes what each has.
         fixed_channels: find `channels` from the training recordings: those that all of them have.
@@ -229,6 +84,7 @@ class RecordingData(DataModule):
         segments: int = 4,
         stride: float | None = None,
         offsets: list[float] | None = None,
+        train_offsets: list[float] | None = None,
         jitter: float = 0.0,
         channels: list[str] | None = None,
         fixed_channels: bool = False,
@@ -266,7 +122,7 @@ class RecordingData(DataModule):
         self.classes = list(classes) if classes else self._classes()
         self.rate, self.segment, self.segments = float(rate), float(segment), int(segments)
         self.stride = float(stride) if stride else self.segment
-        self.offsets, self.jitter = offsets, jitter
+        self.offsets, self.train_offsets, self.jitter = offsets, train_offsets, jitter
         self.channels = list(channels) if channels else None
         self.fixed_channels = fixed_channels
         self.kinds, self.exclude = tuple(kinds or Preparation.kinds), tuple(exclude or ())
@@ -283,6 +139,8 @@ class RecordingData(DataModule):
         self.segment_samples = round(self.rate * self.segment)
         self.window_samples = self.segment_samples * self.segments
         self.window = self.window_samples / self.rate
+        # Seconds before its end that a window speaks of
+        self.spoken_of = self.segment if windows == "sliding" else self.window
         self.cache = Cache(cache_mb)
         self._open: dict[str, tuple[list[Opened], list[Unreadable]]] = {}
         self._said: set[str] = set()
@@ -303,6 +161,9 @@ class RecordingData(DataModule):
             raise UserError(f"data.balance is {self.balance}: two shares of a batch, at most 1 in all, are needed")
         if self.labelled and len(self.classes) != len(self._classes()):
             raise UserError(f"data.classes names {len(self.classes)}, data.labels makes {len(self._classes())}")
+        if self.train_offsets is not None and not (len(self.train_offsets) == 2 and
+                                                   self.train_offsets[0] <= self.train_offsets[1]):  # fmt: skip
+            raise UserError(f"data.train_offsets is {self.train_offsets}: two times in seconds, in order, are needed")
         for name, patterns in (self.splits or {}).items():
             if name not in ("train", "val", "test"):
                 raise UserError(f"data.splits has a part {name!r}: train, val and test are known")
@@ -429,7 +290,7 @@ class RecordingData(DataModule):
 
     def windows_of(self, opened: Opened, number: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Rows (recording, piece, first sample, label) and whether each meets another annotation."""
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, int]] = []
         size, step = self.window_samples, max(1, round(self.stride * self.rate))
         low, high = self._part_of(opened, split)
         for piece, (start, count) in enumerate(opened.prepared.pieces):
@@ -437,11 +298,11 @@ class RecordingData(DataModule):
             if self.windows == "events" and split != "predict" and self.labelled:
                 rows += self._at_events(opened, number, piece, a, b)
             elif b - a >= size:
-                rows += [(number, piece, s, -1) for s in range(a, b - size + 1, step)]
+                rows += [(number, piece, s, -1, 0) for s in range(a, b - size + 1, step)]
             elif b == count and a == 0 and count > 0:
-                rows.append((number, piece, count - size, -1))
-        table = np.array(rows, np.int64).reshape(-1, 4)
-        stops = np.array([opened.prepared.pieces[p][0] + (s + size) / self.rate for _, p, s, _ in rows])
+                rows.append((number, piece, count - size, -1, 0))
+        table = np.array(rows, np.int64).reshape(-1, 5)
+        stops = np.array([opened.prepared.pieces[p][0] + (s + size) / self.rate for _, p, s, _, _ in rows])
         if self.windows == "sliding" and split != "predict" and self.labelled:
             table[:, 3] = [self.label_of(opened, s)[0] for s in stops]
         hard = np.zeros(len(rows), bool)
@@ -460,7 +321,7 @@ class RecordingData(DataModule):
 
     def _at_events(
         self, opened: Opened, number: int, piece: int, low: int, high: int
-    ) -> list[tuple[int, int, int, int]]:
+    ) -> list[tuple[int, int, int, int, int]]:
         """Rows of the windows at annotations that lie in the samples [low, high) of a piece."""
         rows = []
         start = opened.prepared.pieces[piece][0]
@@ -471,11 +332,12 @@ class RecordingData(DataModule):
                 if offsets is None:
                     offsets = np.arange(0.0, mark.duration - self.window + 1e-6, self.stride).tolist()
                 for offset in offsets:
-                    first = round((mark.onset + offset - start) * self.rate)
+                    base = round((mark.onset - start) * self.rate)
+                    first = base + round(offset * self.rate)
                     # Annotated blocks are often a little shorter than they were meant to be
                     inside = offset + self.window <= mark.duration + 0.05 * self.window
                     if inside and low <= first and first + size <= high:
-                        rows.append((number, piece, first, label))
+                        rows.append((number, piece, first, label, base))
         return sorted(rows, key=lambda r: r[2])
 
     def label_of(self, opened: Opened, stop: float) -> tuple[int, np.ndarray]:
@@ -493,12 +355,17 @@ class RecordingData(DataModule):
                         channels[:] = -1
         return label, channels
 
-    def moved(self, first: int, count: int, source: torch.Generator) -> int:
+    def moved(self, first: int, base: int, count: int, source: torch.Generator) -> int:
         """A training window's start, moved at random inside its piece."""
-        if not self.jitter or count < self.window_samples:
+        if count < self.window_samples:
             return first
-        shift = (2 * float(torch.rand((), generator=source)) - 1) * self.jitter * self.rate
-        return min(max(0, first + round(shift)), count - self.window_samples)
+        drawn = float(torch.rand((), generator=source))
+        if self.windows == "events" and self.train_offsets:
+            low, high = self.train_offsets
+            first = base + round((low + drawn * (high - low)) * self.rate)
+        elif self.jitter:
+            first += round((2 * drawn - 1) * self.jitter * self.rate)
+        return min(max(0, first), count - self.window_samples)
 
     def augment(self, sample: dict[str, Any], source: torch.Generator) -> None:
         draws = torch.rand(2, generator=source)
