@@ -61,13 +61,17 @@ def _unpack(text: str) -> Arrays:
 
 
 def difference(got: Arrays, expected: Arrays) -> float:
-    """The largest absolute difference over all outputs; infinite for NaN or another shape."""
+    """The largest difference over all outputs; infinite for NaN or another shape.
+
+    Absolute, or relative to the largest value of outputs (such as times) that go beyond 1.
+    """
     largest = 0.0
     for name, value in expected.items():
         if name not in got or got[name].shape != value.shape:
             return float("inf")
         gap = np.abs(got[name].astype(np.float64) - value.astype(np.float64))
-        largest = max(largest, float(gap.max(initial=0.0)))
+        size = max(1.0, float(np.abs(value).max(initial=0.0)))
+        largest = max(largest, float(gap.max(initial=0.0)) / size)
         if np.isnan(gap).any():
             return float("inf")
     return largest
