@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from medical.medusa import MEDUSA, Attention, Gate, Output, global_view, preset, resize
 from polyhead import bundle
+from polyhead.calibration import calibrated, fit_calibration
 from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
 from polyhead.encoders import normalisation
@@ -45,8 +46,12 @@ class RadiographClassifier(Freezing, Classifier):
         label_smoothing: share of the target spread over all classes.
         class_weights: `balanced` weighs the loss by inverse class frequency in the training part.
         flip_tta: average over the image and its mirror in evaluation and prediction.
+        calibrate: after training, fit a scale and an offset a class on the validation part: `plain` for its class
+            shares, `balanced` as if all classes were equally common (see `polyhead.calibration`).
+        scale, offsets: of the calibration; found by `calibrate`.
         positive: the class that an alert is about; with a `sensitivity` or a `threshold`.
-        sensitivity: after validation, the threshold becomes the largest that finds this share of the positives.
+        sensitivity: after training, the threshold becomes the largest that finds this share of the positives of the
+            validation part.
         threshold: probability of `positive` from which a row is an alert.
         system: see `polyhead.system.System`.
     """
@@ -80,6 +85,9 @@ class RadiographClassifier(Freezing, Classifier):
         label_smoothing: float = 0.0,
         class_weights: Literal["none", "balanced"] = "none",
         flip_tta: bool = False,
+        calibrate: Literal["none", "plain", "balanced"] = "none",
+        scale: float = 1.0,
+        offsets: list[float] | None = None,
         positive: str | None = None,
         sensitivity: float | None = None,
         threshold: float | None = None,
@@ -107,6 +115,9 @@ class RadiographClassifier(Freezing, Classifier):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
         self.image_size, self.global_size, self.freeze_norms = image_size, global_size, freeze_norms
         self.label_smoothing, self.class_weights, self.flip_tta = label_smoothing, class_weights, flip_tta
+        if offsets is not None and len(offsets) != len(self.classes):
+            raise UserError(f"model.offsets has {len(offsets)} numbers for {len(self.classes)} classes")
+        self.calibrate, self.scale, self.offsets = calibrate, scale, offsets or [0.0] * len(self.classes)
         self.positive, self.sensitivity, self.threshold = positive, sensitivity, threshold
         self._loss_weight: Tensor | None = None
         self.freeze_parts(freeze, unfreeze_at)
@@ -139,6 +150,7 @@ class RadiographClassifier(Freezing, Classifier):
         probabilities = output.logits.softmax(-1)
         if self.flip_tta:
             probabilities = (probabilities + self._run(image.flip(-1)).logits.softmax(-1)) / 2
+        probabilities = calibrated(probabilities, self.scale, self.offsets)
         result = {"logits": output.logits, "probabilities": probabilities}
         if output.global_map is not None:
             result["global_map"] = output.global_map.sigmoid().mean(1)
@@ -186,6 +198,8 @@ class RadiographClassifier(Freezing, Classifier):
     # Training and evaluation
 
     def on_fit_start(self) -> None:
+        # What an earlier training settled says nothing of this one
+        self.scale, self.offsets = 1.0, [0.0] * len(self.classes)
         if self.class_weights == "balanced":
             counts = torch.tensor(self.trainer.datamodule.class_counts(), dtype=torch.float32)  # type: ignore[attr-defined]
             self._loss_weight = (counts.sum() / (len(counts) * counts.clamp(min=1))).to(self.device)
@@ -200,18 +214,24 @@ class RadiographClassifier(Freezing, Classifier):
         self.measure(metrics, outputs["probabilities"], batch)
         return {"loss": F.cross_entropy(outputs["logits"].float(), batch["label"])}
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
+    def settle(self) -> bool:
         rows = self.rows("val")
-        if self.sensitivity is None or self.positive is None or rows is None:
-            return
+        if rows is None or (self.calibrate == "none" and self.sensitivity is None):
+            return False
         probabilities, label, _ = rows
-        own = self.classes.index(self.positive)
-        scores = np.sort(probabilities[label == own, own])[::-1]
-        if len(scores):
-            self.threshold = float(scores[int(np.ceil(self.sensitivity * len(scores))) - 1])
-            # The threshold is a setting of the model from here on: checkpoints and bundles carry it
-            self.recipe.get("init_args", {})["threshold"] = self.threshold
+        settled: dict[str, Any] = {}
+        if self.calibrate != "none":
+            self.scale, self.offsets = fit_calibration(probabilities, label, self.calibrate == "balanced")
+            probabilities = calibrated(torch.from_numpy(probabilities), self.scale, self.offsets).numpy()
+            settled |= {"scale": self.scale, "offsets": self.offsets}
+        if self.sensitivity is not None and self.positive is not None:
+            own = self.classes.index(self.positive)
+            scores = np.sort(probabilities[label == own, own])[::-1]
+            if len(scores):
+                self.threshold = float(scores[int(np.ceil(self.sensitivity * len(scores))) - 1])
+                settled["threshold"] = self.threshold
+        self.recipe["init_args"] = {**self.recipe["init_args"], **settled}
+        return True
 
     def named_results(self, stage: str) -> dict[str, float]:
         named = super().named_results(stage)
@@ -243,7 +263,7 @@ class RadiographClassifier(Freezing, Classifier):
             logits = self.network.forward_head(features)
             (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), features)
         cam = (features * gradient.mean((-2, -1), keepdim=True)).sum(1).relu().detach()
-        probabilities = logits.detach().softmax(-1).cpu()
+        probabilities = calibrated(logits.detach().softmax(-1), self.scale, self.offsets).cpu()
         described = []
         for i, p in enumerate(probabilities):
             maps = {} if q is None else {"global map": q[i].detach().sigmoid().mean(0)}

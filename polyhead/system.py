@@ -159,6 +159,13 @@ class System(LightningModule):
         """The scalar results of the last evaluation, with per-class ones named."""
         return {k: float(v) for k, v in self.results.get(stage, {}).items() if v.numel() == 1}
 
+    def settle(self) -> bool:
+        """Decide settings from the last validation once training has ended; whether there were any.
+
+        They go into `recipe`, and with it into the best checkpoint and the bundle.
+        """
+        return False
+
     def figures(self, stage: str) -> dict[str, Any]:
         """Pictures for the report: title -> matplotlib figure."""
         return {}

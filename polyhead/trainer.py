@@ -18,6 +18,7 @@ from polyhead import bundle, predictions
 from polyhead.callbacks import WholeCheckpoints, WritePredictions, merge_json
 from polyhead.data import DataModule
 from polyhead.errors import UserError
+from polyhead.files import atomic_write
 from polyhead.progress import Progress
 from polyhead.report import write_report
 from polyhead.safe import read_checkpoint
@@ -143,6 +144,13 @@ class PolyheadTrainer(Trainer):
         if best is not None:
             model.load_state_dict(read_checkpoint(best)["state_dict"])
         super().validate(model, datamodule=datamodule, verbose=False)
+        if model.settle():
+            super().validate(model, datamodule=datamodule, verbose=False)
+            if best is not None and self.is_global_zero:
+                checkpoint = read_checkpoint(best)
+                checkpoint[bundle.CHECKPOINT_KEY]["model"] = model.recipe
+                with atomic_write(best) as temporary:
+                    torch.save(checkpoint, temporary)
         if not self.is_global_zero:
             return
         metrics = self._store(model, "val")
