@@ -42,7 +42,8 @@ class EventModel(System):
 
     Prediction columns: `next_type`, `next_score` (its probability), `type_probabilities`, `wait_mean`, `wait_low`,
     `wait_median`, `wait_high` (5, 50 and 95 %, after the last event); with `horizon` also `count_mean`, `count_low`,
-    `count_high` (5 and 95 %) of the events in that time, and `counts_by_type`, their mean by type.
+    `count_high` (5 and 95 %) of the events in that time, and `counts_by_type`, their mean by type. With `every_event`
+    there is a row an event, `part` being its number from 0, of what was to be expected after it.
 
     Results are negative log likelihoods in nats an event: `nll`, of which `nll_time` and `nll_type`; `type_accuracy`
     and `type_f1_macro` of the type of highest intensity at the true time; `next_type_accuracy` without knowing the
@@ -61,6 +62,7 @@ class EventModel(System):
         position_offset: training shifts positions of a sequence by a random whole number up to this.
         horizon: how far ahead prediction counts events, in the reported unit.
         samples: futures drawn a sequence for `horizon`.
+        every_event: predict after every event, in one pass, and not only after the last.
         system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
     """
 
@@ -85,6 +87,7 @@ class EventModel(System):
         position_offset: int = 0,
         horizon: float | None = None,
         samples: int = 200,
+        every_event: bool = False,
         **system: Any,
     ) -> None:
         super().__init__(facts, **system)
@@ -96,6 +99,8 @@ class EventModel(System):
                 raise UserError(f"model.{name} is {number}: 0 or more is needed")
         if horizon is not None and not 0 < horizon < math.inf:
             raise UserError(f"model.horizon is {horizon}: a time above 0 is needed")
+        if every_event and horizon is not None:
+            raise UserError("model.horizon counts what comes after the last event: leave model.every_event out")
         if alignment == "official":
             if rates:
                 raise UserError("model.alignment official is the published model: give --model.rates 0 with it")
@@ -107,6 +112,7 @@ class EventModel(System):
         self.scale = float(self.facts.get("time_scale") or 1.0)
         self.alignment, self.integral, self.nodes, self.eval_nodes = alignment, integral, nodes, eval_nodes
         self.position_offset, self.horizon, self.samples = position_offset, horizon, samples
+        self.every_event = every_event
         self.network = SAHP(
             len(self.types), d_model, heads, layers, dropout, attention_dropout, score, variant, rates, norm
         )
@@ -244,11 +250,24 @@ class EventModel(System):
         return {"type_probabilities": found.types, "wait": wait, "intensity": rates}
 
     def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:
+        if self.every_event:
+            return self._every(batch)
         wanted = ("type_probabilities", "wait")
         made = make_columns(self._columns(), {k: outputs[k].float().cpu().numpy() for k in wanted})
         if self.horizon is not None:
             made |= counts_ahead(self.network, batch, self.scale, self.horizon, self.samples)
         return made
+
+    def _every(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Columns of what was to be expected after each event, with the `id` of its sequence."""
+        row = torch.arange(batch["types"].shape[1], device=batch["length"].device)
+        events = (row > 0) & (row < batch["length"][:, None])
+        found = every_waiting(self.network, self.states(batch).rows(events), LEVELS)
+        wait = torch.cat([found.mean[:, None], found.quantiles], -1) * self.scale
+        outputs = {"type_probabilities": found.types, "wait": wait}
+        made = make_columns(self._columns(), {k: v.float().cpu().numpy() for k, v in outputs.items()})
+        owner, place = (v.tolist() for v in events.nonzero(as_tuple=True))
+        return {"id": [batch["id"][b] for b in owner], "part": [p - 1 for p in place], **made}
 
     def _columns(self) -> dict[str, Any]:
         return {"kind": "next_event", "types": self.labels}

@@ -111,6 +111,22 @@ def test_predictions_are_rows_with_intervals_in_the_reported_unit(run: Path, tmp
     assert [d["wait_mean"] for d in door] == pytest.approx([row["wait_mean"], got["new-3"]["wait_mean"]], rel=1e-4)
 
 
+def test_every_event_is_predicted_in_one_pass_as_if_it_were_the_last(run: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", 3, 9, split=False)
+    words = ("predict", "--ckpt_path", run / "bundle", "--data.root", table, "--output", tmp_path / "p")
+    refused(polyhead(*words, "--model.every_event=true", "--model.horizon=3"), "leave model.every_event out")
+    ok(polyhead(*words, "--model.every_event=true"))
+    rows = read_predictions(tmp_path / "p").to_pylist()
+    assert len(rows) == pa_csv.read_csv(table).num_rows and len({(r["id"], r["part"]) for r in rows}) == len(rows)
+    first = read(table).sequences[0]
+    found = {r["part"]: r for r in rows if r["id"] == first.id}
+    cut = [(first.times[:n], first.types[:n]) for n in (1, 5, len(first.times))]
+    alone = package.load(run / "bundle").predict(cut)
+    for n, row in zip((1, 5, len(first.times)), alone, strict=True):
+        assert found[n - 1]["wait_mean"] == pytest.approx(row["wait_mean"], rel=1e-4)
+        assert found[n - 1]["next_score"] == pytest.approx(row["next_score"], rel=1e-4)
+
+
 def test_an_exported_file_predicts_the_same_rows(run: Path, tmp_path: Path) -> None:
     ok(polyhead("export", "--ckpt_path", run / "bundle", "--format", "torchscript", "--output", tmp_path / "e"))
     ok(polyhead("export", "--ckpt_path", run / "bundle", "--format", "onnx", "--output", tmp_path / "e"))
