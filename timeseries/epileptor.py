@@ -27,7 +27,7 @@ from polyhead.errors import UserError
 RATE = 256
 # Two Euler steps of 0.1 a sample
 STEPS, DT = 2, 0.1
-EPISODE, WARM_UP = 120, 10
+EPISODE, SHORTEST_EPISODE, WARM_UP = 120, 40, 10
 # x0 beyond which a contact seizes by itself
 THRESHOLD = -2.06
 # A channel seizes while the 1-s mean of its x1 is above this, gaps joined and short ones left out
@@ -36,7 +36,7 @@ ICTAL, JOIN, SHORTEST = -1.1, 15.0, 10.0
 MICROVOLT = 0.1
 KINDS = ("muscle", "movement", "pop", "rhythm", "mains", "spindle")
 # Recordings that are integrated together: one step in NumPy costs the same for a few of them
-TOGETHER = 3
+TOGETHER = 4
 MAINS = 50.0
 
 
@@ -82,7 +82,7 @@ class _Plan:
     rate: np.ndarray
 
 
-def _plan(rng: np.random.Generator, episodes: int, channels: int, seizures: int) -> _Plan:
+def _plan(rng: np.random.Generator, episodes: int, seconds: int, channels: int, seizures: int) -> _Plan:
     focus_size = min(channels, int(rng.integers(2, 4)))
     first = int(rng.integers(0, channels - focus_size + 1))
     focus = np.arange(first, first + focus_size)
@@ -93,12 +93,14 @@ def _plan(rng: np.random.Generator, episodes: int, channels: int, seizures: int)
     start, stop = np.full(episodes, np.inf), np.full(episodes, np.inf)
     for episode in rng.choice(episodes, min(seizures, episodes), replace=False):
         raised[episode, focus] = rng.uniform(-1.7, -1.5, focus_size)
-        start[episode] = rng.uniform(15, 50)
+        start[episode] = rng.uniform(15, 50) * seconds / EPISODE
         stop[episode] = start[episode] + rng.uniform(18, 25)
     return _Plan(rest, raised, start, stop, rng.uniform(0.00025, 0.0004, (episodes, 1)))
 
 
-def _integrate(plans: Sequence[_Plan], rngs: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray]:
+def _integrate(
+    plans: Sequence[_Plan], rngs: Sequence[np.random.Generator], seconds: int
+) -> tuple[np.ndarray, np.ndarray]:
     """All episodes of some recordings at once: x2 - x1 `[E, samples, C]` and the 1-s means of x1 `[E, s, C]`."""
     width = max(p.rest.shape[1] for p in plans)
 
@@ -119,11 +121,11 @@ def _integrate(plans: Sequence[_Plan], rngs: Sequence[np.random.Generator]) -> t
     z = 4.1 - 2 * x1**2 - x1**3
     y1, x2, y2, g = 1 - 5 * x1**2, np.full_like(x1, -0.5), np.zeros_like(x1), 0.1 * x1
     per_second = RATE * STEPS
-    seen = np.empty((len(rest), EPISODE * RATE, width), np.float32)
-    means = np.empty((len(rest), EPISODE, width), np.float32)
+    seen = np.empty((len(rest), seconds * RATE, width), np.float32)
+    means = np.empty((len(rest), seconds, width), np.float32)
     spread = np.float32(np.sqrt(DT))
     dt = np.float32(DT)
-    for second in range(-WARM_UP, EPISODE):
+    for second in range(-WARM_UP, seconds):
         x0 = np.where(((second >= start) & (second < stop))[:, None], raised, rest).astype(np.float32)
         drawn = []
         for plan, rng in zip(plans, rngs, strict=True):
@@ -255,23 +257,24 @@ def simulate(
     Args:
         channels: contacts of each recording.
         seed: the same seed gives the same bits.
-        hours: length of each, in whole episodes of two minutes.
+        hours: length of each, in whole seconds; cut into equal episodes of at most two minutes.
         seizures: an hour of each recording, at least one where it is not 0.
         artefacts: an hour, of each of `KINDS`.
 
     Raises:
-        UserError: a recording without channels or shorter than an episode.
+        UserError: a recording without channels or too short for a seizure.
     """
-    episodes = round(hours * 3600 / EPISODE)
-    if episodes < 1 or any(c < 1 for c in channels) or min(seizures, artefacts) < 0:
-        raise UserError(f"nothing to simulate: recordings need a channel and {EPISODE} s or more")
+    episodes = max(1, round(hours * 3600 / EPISODE))
+    seconds = min(EPISODE, round(hours * 3600 / episodes))
+    if seconds < SHORTEST_EPISODE or any(c < 1 for c in channels) or min(seizures, artefacts) < 0:
+        raise UserError(f"nothing to simulate: recordings need a channel and {SHORTEST_EPISODE} s or more")
     count = max(1, round(seizures * hours)) if seizures else 0
     result: list[Simulated] = []
     for start in range(0, len(channels), TOGETHER):
         own = channels[start : start + TOGETHER]
         rngs = [np.random.default_rng([seed, start + i]) for i in range(len(own))]
-        plans = [_plan(rng, episodes, c, count) for rng, c in zip(rngs, own, strict=True)]
-        seen, means = _integrate(plans, rngs)
+        plans = [_plan(rng, episodes, seconds, c, count) for rng, c in zip(rngs, own, strict=True)]
+        seen, means = _integrate(plans, rngs, seconds)
         for i, (rng, width) in enumerate(zip(rngs, own, strict=True)):
             part = slice(i * episodes, (i + 1) * episodes)
             source = seen[part, :, :width].reshape(-1, width).T

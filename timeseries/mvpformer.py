@@ -48,16 +48,17 @@ def band_sizes(length: int) -> list[int]:
     return [length, *reversed(sizes)]
 
 
-def decompose(x: Tensor, filters: Tensor) -> list[Tensor]:
-    """Full periodic wavelet decomposition of rows `[N, L]`: bands a_J, d_J, ..., d_1 (PyWavelets' "periodic").
+def decompose(x: Tensor, filters: Tensor, depth: int) -> list[Tensor]:
+    """Periodic wavelet decomposition of rows `[N, L]`: bands a_J, d_J, ..., d_1 (PyWavelets' "periodic").
 
     Args:
         filters: `[2, 1, 8]`, low and high pass reversed, as a correlation takes them.
+        depth: J.
     """
     side = len(DB4) - 2
     details: list[Tensor] = []
     row = x.unsqueeze(1)
-    for _ in range(levels(x.shape[-1])):
+    for _ in range(depth):
         # Slices instead of a padding mode, which exporters lack
         right = row[..., : side + row.shape[-1] % 2]
         both = F.conv1d(torch.cat([row[..., -side:], row, right], -1), filters, stride=2)
@@ -71,8 +72,9 @@ class WaveletFilters(nn.Module):
 
     filters: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
+        self.depth = levels(length)
         low = torch.tensor(DB4, dtype=torch.float64)
         high = torch.tensor([(-1) ** (k + 1) * DB4[7 - k] for k in range(8)], dtype=torch.float64)
         both = torch.stack([low, high]).flip(-1)[:, None]
@@ -81,7 +83,7 @@ class WaveletFilters(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[..., L]` -> bands `[n, size]` of the flattened rows; no gradient flows into the signal."""
-        return decompose(x.reshape(-1, x.shape[-1]).float(), self.filters)
+        return decompose(x.reshape(-1, x.shape[-1]).float(), self.filters, self.depth)
 
 
 class WaveEncoder(nn.Module):
@@ -89,7 +91,7 @@ class WaveEncoder(nn.Module):
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
-        self.wavelet = WaveletFilters()
+        self.wavelet = WaveletFilters(length)
         size = sum(band_sizes(length))
         self.ln = nn.RMSNorm(size, eps=EPS)
         self.proj = nn.Linear(size, width, bias=False)
@@ -111,7 +113,7 @@ class EnergyEncoder(nn.Module):
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
-        self.wavelet = WaveletFilters()
+        self.wavelet = WaveletFilters(length)
         self.bands = len(band_sizes(length))
         self.proj = nn.Linear(self.bands, width)
 

@@ -89,7 +89,7 @@ def epileptor(
         output: a new or empty folder.
         recordings: how many.
         channels: contacts of each.
-        hours: length of each, in whole episodes of two minutes.
+        hours: length of each.
         seed: the same seed gives the same recordings.
         seizures: an hour.
         artefacts: an hour, of each of six kinds.

@@ -17,7 +17,7 @@ from polyhead.errors import BadSample, UserError
 from polyhead.sources import existing
 from polyhead.splits import split_indices
 from timeseries.mvpformer import EnergyEncoder
-from timeseries.recording_windows import Opened, Windows, class_of, simulated
+from timeseries.recording_windows import Opened, Windows, class_of, simulated, simulated_states
 from timeseries.recordings import ArraySource, Recording, find_recordings, open_recording
 from timeseries.signals import Cache, Preparation, Prepared, Reference, Scale, check_preparation
 
@@ -118,7 +118,7 @@ class RecordingData(DataModule):
         if root is not None:
             existing(root)
         self.labelled, self.windows = labelled, windows
-        self.labels: dict[str, Sequence[str]] = {k: list(v) for k, v in (labels or {"seizure": SEIZURE}).items()}
+        self.labels: dict[str, list[str]] = {k: list(v) for k, v in (labels or {"seizure": SEIZURE}).items()}
         self.classes = list(classes) if classes else self._classes()
         self.rate, self.segment, self.segments = float(rate), float(segment), int(segments)
         self.stride = float(stride) if stride else self.segment
@@ -241,7 +241,8 @@ class RecordingData(DataModule):
         if split in self._open:
             return self._open[split]
         if self.root is None:
-            recordings = simulated(split, self.hours, self.seed)
+            recordings = self._embedded(split)
+            self._find_channels(recordings, [split] * len(recordings))
             result: tuple[list[Opened], list[Unreadable]] = self._serve(recordings, [split] * len(recordings), []), []
         else:
             recordings, failed = self._raw(everything=split == "predict")
@@ -255,13 +256,18 @@ class RecordingData(DataModule):
         self._open[split] = result
         return result
 
+    def _embedded(self, split: Split) -> list[Recording]:
+        if self.windows == "events":
+            return simulated_states(split, self.labels, self.seed)
+        return simulated(split, self.hours, self.seed)
+
     def _find_channels(self, recordings: list[Recording], parts: Sequence[str | None]) -> None:
         """The channels that all training recordings have, in the order of the first."""
         if not self.fixed_channels or self.channels is not None:
             return
         sets = []
         for recording, part in zip(recordings, parts, strict=True):
-            if part in (None, "train"):
+            if part in (None, "train") or self.root is None:
                 wanted = zip(recording.source.names, recording.kinds, strict=True)
                 sets.append([n for n, k in wanted if k in self.kinds and n not in recording.bads])
         if not sets:

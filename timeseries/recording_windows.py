@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 
 from polyhead.data import Split, Unreadable, generator
 from polyhead.errors import BadSample
-from timeseries import epileptor
+from timeseries import epileptor, rhythms
 from timeseries.edf import Mark
 from timeseries.recordings import ArraySource, Recording
 from timeseries.seizures import Intervals, join
@@ -27,6 +27,7 @@ SIMULATED: dict[str, tuple[int, ...]] = {
     "val": (12, 16, 10),
     "test": (6, 8, 10, 12, 16, 20, 24, 6, 14, 18, 22, 24, 16, 9),
 }
+STATE_RUNS = {"train": (3, 5, 7), "val": (9,), "test": (11, 13)}
 
 
 def simulated(split: str, hours: float, seed: int) -> list[Recording]:
@@ -35,6 +36,18 @@ def simulated(split: str, hours: float, seed: int) -> list[Recording]:
     contacts = SIMULATED.get(split, SIMULATED["val"][:1])
     made = epileptor.simulate(contacts, seed=1000 * seed + offset, hours=hours)
     return [as_recording(f"simulated-{split}-{i:02d}", one, split) for i, one in enumerate(made)]
+
+
+def simulated_states(split: str, labels: dict[str, list[str]], seed: int) -> list[Recording]:
+    """The embedded sample of windows at events (see `timeseries.rhythms`): one subject, named as its runs are."""
+    made = []
+    for run in STATE_RUNS.get(split, STATE_RUNS["val"]):
+        signal, blocks = rhythms.simulate_states(len(labels), 100 * seed + run)
+        texts = rhythms.state_names(labels)
+        marks = [Mark(onset, duration, texts[state]) for onset, duration, state in blocks]
+        source = ArraySource(signal, epileptor.RATE, rhythms.NAMES)
+        made.append(Recording(f"S001R{run:02d}", source, ["eeg"] * len(signal), set(), marks, "S001", split))
+    return made
 
 
 def as_recording(name: str, one: epileptor.Simulated, split: str | None = None) -> Recording:
@@ -48,7 +61,7 @@ def as_recording(name: str, one: epileptor.Simulated, split: str | None = None) 
 class Opened:
     """A recording ready to serve windows: prepared signal, events of each class, stretches to stay away from."""
 
-    def __init__(self, prepared: Prepared, classes: dict[str, Sequence[str]], split: str | None) -> None:
+    def __init__(self, prepared: Prepared, classes: Mapping[str, Sequence[str]], split: str | None) -> None:
         self.prepared, self.split = prepared, split
         recording = prepared.recording
         self.id, self.group, self.marks = recording.id, recording.group, recording.marks
@@ -68,13 +81,13 @@ class Opened:
         return join([(m.onset, m.onset + m.duration) for m in self.events[number]], 0.0)
 
 
-def class_of(text: str, classes: dict[str, Sequence[str]]) -> int | None:
+def class_of(text: str, classes: Mapping[str, Sequence[str]]) -> int | None:
     """The number of the first class one of whose patterns the text matches, whatever its case."""
     lower = text.strip().lower()
     return next((i for i, ps in enumerate(classes.values()) if any(fnmatch(lower, p.lower()) for p in ps)), None)
 
 
-def paired(marks: Sequence[Mark], notes: list[str], classes: dict[str, Sequence[str]]) -> list[Mark]:
+def paired(marks: Sequence[Mark], notes: list[str], classes: Mapping[str, Sequence[str]]) -> list[Mark]:
     """Marks with durations: a class's `... onset` without one ends at its next `... offset`."""
     result: list[Mark] = []
     begun: Mark | None = None
