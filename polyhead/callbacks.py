@@ -44,15 +44,22 @@ class Curves(Callback):
     def __init__(self, folder: str = ".") -> None:
         self.path = Path(folder) / "metrics.csv"
         self.rows: list[Row] = []
+        self._validated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.rows = [r for r in read_rows(self.path) if int(r["step"]) <= trainer.global_step]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         row: Row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= {k: f"{float(v):.6g}" for k, v in trainer.callback_metrics.items()}
+        # What an earlier epoch's validation measured stays there and is not this epoch's
+        fresh = [k for k in trainer.callback_metrics if self._validated or not k.startswith("val/")]
+        row |= {k: f"{float(trainer.callback_metrics[k]):.6g}" for k in fresh}
+        self._validated = False
         row["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"
         self.rows.append(row)
         names = list(dict.fromkeys(k for r in self.rows for k in r))

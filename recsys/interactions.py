@@ -22,9 +22,10 @@ from recsys.logs import Log, LogFormat, core, read_log
 
 # How many newest items a model sees where nobody says: enough for all but one user in twenty, within these
 SHORT, LONG = 50, 200
+SMALL_BATCH = 16
 
 
-def threads(seed: int = 0, users: int = 2000, items: int = 200) -> Log:
+def threads(seed: int = 0, users: int = 1500, items: int = 100) -> Log:
     """The embedded sample: histories in which two threads alternate.
 
     Every item has three successors, taken with probability 0.7, 0.2 and 0.1. The next event follows either the last
@@ -153,6 +154,7 @@ class Interactions(DataModule):
         seen: the history whose items are not recommended again in evaluation: `window`, cut as published, or `all`.
         max_positions: a batch has about so many training positions at most, so that long histories make smaller
             batches.
+        min_steps: an epoch has so many batches at least, of 16 users or more, so that few users make smaller batches.
         items: the catalogue, as text; from the log if None.
         transitions: how many pairs of items the model keeps; counted if None.
         extend: a model whose catalogue comes first, the log's new items after it; `--init_from` sets it.
@@ -180,6 +182,7 @@ class Interactions(DataModule):
         time_span: int = 1,
         seen: Literal["window", "all"] = "window",
         max_positions: int = 4096,
+        min_steps: int = 40,
         items: str | None = None,
         transitions: int | None = None,
         extend: str | None = None,
@@ -191,10 +194,11 @@ class Interactions(DataModule):
         super().__init__(root, batch_size, num_workers, seed, on_error)
         if root is not None:
             existing(root)
-        for argument, value, least in (("kcore", kcore, 0), ("time_span", time_span, 1),
-                                       ("max_positions", max_positions, 1), ("max_len", max_len or 2, 2)):  # fmt: skip
-            if value < least:
-                raise UserError(f"data.{argument} is {value}: at least {least} is needed")
+        least = {"kcore": 0, "time_span": 1, "max_positions": 1, "min_steps": 1, "max_len": 2}
+        for argument, value in {"kcore": kcore, "time_span": time_span, "max_positions": max_positions,
+                                "min_steps": min_steps, "max_len": max_len}.items():  # fmt: skip
+            if value is not None and value < least[argument]:
+                raise UserError(f"data.{argument} is {value}: at least {least[argument]} is needed")
         if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
             raise UserError(f"data.val_fraction {val_fraction:g} and data.test_fraction {test_fraction:g}: two shares "
                             "above 0 that leave something for training are needed")  # fmt: skip
@@ -202,7 +206,8 @@ class Interactions(DataModule):
         self.format = LogFormat(columns, separator, list_separator, order, duplicates, on_error == "skip")
         self.name, self.kcore, self.split = name, kcore, split
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.max_len, self.time_span, self.seen, self.max_positions = max_len, time_span, seen, max_positions
+        self.max_len, self.time_span, self.seen = max_len, time_span, seen
+        self.max_positions, self.min_steps = max_positions, min_steps
         self.items, self.transitions, self.extend = items, transitions, extend
 
     # Reading
@@ -264,10 +269,15 @@ class Interactions(DataModule):
                 "test": np.where(total > upto[1], upto[1], -1)}  # fmt: skip
 
     @cached_property
+    def whole_train(self) -> Histories:
+        """Training histories, unknown items left out."""
+        end = self._ends()["train"]
+        return self.histories.pieces(np.zeros_like(end), end).known()
+
+    @cached_property
     def train(self) -> Histories:
-        """Training histories, cut to the newest items that a model sees, unknown items left out."""
-        histories, end = self.histories, self._ends()["train"]
-        part = histories.pieces(np.zeros_like(end), end).known()
+        """Training histories, cut to the newest items that a model sees."""
+        part = self.whole_train
         if self.max_len is None:
             longest = float(np.quantile(part.lengths, 0.95)) if len(part.lengths) else 0.0
             self.max_len = SHORT if longest <= SHORT else int(min(LONG, -(-longest // SHORT) * SHORT))
@@ -379,7 +389,8 @@ class Interactions(DataModule):
         size = self.batch_size
         if split == "train" and len(order):
             mean = float(samples.lengths.mean())  # type: ignore[attr-defined]
-            size = max(1, min(size, int(self.max_positions / mean)))
+            few = max(SMALL_BATCH, -(-len(order) // self.min_steps))
+            size = max(1, min(size, few, int(self.max_positions / mean)))
         return [order[i : i + size].tolist() for i in range(0, len(order), size)]
 
     def order(self, samples: Samples, split: Split, epoch: int) -> np.ndarray:

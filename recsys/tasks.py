@@ -16,6 +16,7 @@ from polyhead.columns import make_columns
 from polyhead.errors import UserError
 from polyhead.system import Signature, System
 from recsys import ranking
+from recsys.histories import transitions
 from recsys.mqsa_ted import MQSATED, Trace, distillation_loss, recommendation_loss
 from recsys.ranking import rank, ranking_metrics, without_seen
 
@@ -189,10 +190,11 @@ class NextItem(System):
         """What popularity, transition counts and item neighbours reach on the targets of `stage`."""
         items = len(self.catalogue)
         questions = data.samples(stage)
+        train = data.whole_train
         scorers = {
-            "popularity": ranking.popularity(data.train, items),
-            "markov": ranking.markov(data.counts, data.train, items),
-            "itemknn": ranking.item_knn(data.train, items),
+            "popularity": ranking.popularity(train, items),
+            "markov": ranking.markov(transitions(train, items), train, items),
+            "itemknn": ranking.item_knn(train, items),
         }
         return {
             name: ranking.evaluate(scorer, questions.histories, questions.target, items, self.cutoffs, self.filter_seen)
