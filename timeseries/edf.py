@@ -152,7 +152,8 @@ class EdfFile:
         self.pieces = [Piece(float(starts[a]), (b - a) * length) for a, b in zip(firsts, lasts, strict=True)]
         self._firsts = firsts
         if len(self.pieces) > 1:
-            self.notes.append(f"has {len(self.pieces) - 1} gaps; no window crosses one")
+            gaps = len(self.pieces) - 1
+            self.notes.append(f"has {gaps} gap{'s' if gaps > 1 else ''}; no window crosses one")
 
     def _lists(self, raw: bytes, first: bool) -> float | None:
         """Take the annotations of one record; its own start in seconds, which its first empty one says."""

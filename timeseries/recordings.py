@@ -114,7 +114,8 @@ class MneSource:
         rate = float(self.raw.info["sfreq"])
         self.names = list(self.raw.ch_names)
         self.rates = [rate] * len(self.names)
-        shift = self.raw.first_time if self.raw.annotations.orig_time is not None else 0.0
+        # Annotations count from before the first sample where acquisition began before the file
+        shift = self.raw.first_time
         self.marks, cuts = [], [0.0, self.raw.n_times / rate]
         skipped: list[tuple[float, float]] = []
         for item in self.raw.annotations:
@@ -346,7 +347,8 @@ def open_recording(path: Path, name: str, unit: str = "uV", table_rate: float | 
     repeated = [n for n, k in Counter(names).items() if k > 1]
     source.names = names if not repeated else list(source.names)
     if len(source.pieces) > 1 and not any("gap" in n for n in notes):
-        notes.append(f"has {len(source.pieces) - 1} gaps; no window crosses one")
+        gaps = len(source.pieces) - 1
+        notes.append(f"has {gaps} gap{'s' if gaps > 1 else ''}; no window crosses one")
     typed = sidecar(path, "channels")
     if typed is not None:
         said = {clean(r.get("name", "")): r for r in _rows(typed)}
