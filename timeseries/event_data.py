@@ -37,7 +37,7 @@ def embedded() -> Reading:
     made = simulate(**SAMPLE, count=400, seed=7)  # type: ignore[arg-type]
     parts = ["train"] * 260 + ["val"] * 60 + ["test"] * 80
     sequences = [
-        Events(f"sample-{i:03d}", t, np.array(["quiet", "loud"], dtype=object)[k], SAMPLE["window"], part)  # type: ignore[arg-type]
+        Events(f"sample-{i:03d}", t, np.array(["cause", "effect"], dtype=object)[k], SAMPLE["window"], part)  # type: ignore[arg-type]
         for i, ((t, k), part) in enumerate(zip(made, parts, strict=True))
     ]
     return Reading(sequences, 2)
