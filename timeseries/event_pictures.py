@@ -27,8 +27,13 @@ def calibration_picture(times: Tensor) -> Any:
     place = (np.arange(n) + 0.5) / n
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     left.plot(-np.log1p(-place), found, ".", markersize=3)
-    largest = float(max(found[-1], -np.log1p(-place[-1])))
+    largest = float(-np.log1p(-place[-1]))
     left.plot([0, largest], [0, largest], "k-", linewidth=0.8)
+    # A few waiting times far out of line would squeeze the rest into a corner
+    beyond = int((found > 2 * largest).sum())
+    left.set_ylim(-0.05 * largest, min(float(found[-1]), 2 * largest) * 1.05)
+    if beyond:
+        left.set_title(f"{beyond} of {n} lie beyond", fontsize="medium")
     left.set_xlabel("quantile of Exp(1)")
     left.set_ylabel("quantile found")
     right.plot(place, -np.expm1(-found) - place, linewidth=1)
