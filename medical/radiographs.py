@@ -323,7 +323,7 @@ class RadiographData(PictureData):
 
     Args:
         root, name, classes, val_fraction, test_fraction, path_column, label_column, split_column, group_column,
-            cache, cache_limit_mb, max_pixels, batch_size, num_workers, seed, on_error, balance: see
+            cache, cache_limit_mb, max_pixels, batch_size, num_workers, seed, on_error, balance, min_epoch_size: see
             `polyhead.picture_data.PictureData`.
         image_size: side S in pixels.
         resize: `squash` (as published), `pad` or `crop`.
@@ -359,6 +359,7 @@ class RadiographData(PictureData):
         split_column: str | None = None,
         group_column: str | None = None,
         balance: Literal["none", "classes"] = "none",
+        min_epoch_size: int = 0,
         cache: Literal["ram", "none"] = "ram",
         cache_limit_mb: int = 2048,
         max_pixels: int = MAX_PIXELS,
@@ -371,6 +372,7 @@ class RadiographData(PictureData):
             root, name, image_size, 1.0, resize, None, flip=flip, classes=classes, val_fraction=val_fraction,
             test_fraction=test_fraction, path_column=path_column, label_column=label_column,
             split_column=split_column, group_column=group_column, balance=balance, cache=cache,
+            min_epoch_size=min_epoch_size,
             cache_limit_mb=cache_limit_mb, max_pixels=max_pixels, batch_size=batch_size, num_workers=num_workers,
             seed=seed, on_error=on_error,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 
 from polyhead.errors import UserError
 from polyhead.figures import calibration_picture, precision_picture, roc_picture
-from polyhead.intervals import intervals
+from polyhead.intervals import intervals, one_against_rest
 from polyhead.metrics import RESULTS, Rows, classification_metrics
 from polyhead.report import confusion_picture
 from polyhead.system import System
@@ -22,8 +22,9 @@ FEW = 12
 class Classifier(System):
     """A System whose `facts` hold `classes`, the class names in order.
 
-    After a test, every result has a 95 % bootstrap interval (`accuracy.low`, `accuracy.high`, ...), drawn by
-    the batch's `group` (a patient, a subject) where the data name one, else by sample.
+    Results name each class's recall and its AUROC against the rest. After a test, every result has a 95 %
+    bootstrap interval (`accuracy.low`, `accuracy.high`, ...), drawn by the batch's `group` (a patient, a
+    subject) where the data name one, else by sample.
 
     Args:
         facts: see `System`.
@@ -73,9 +74,14 @@ class Classifier(System):
         recall = self.results.get(stage, {}).get("recall")
         if recall is not None:
             named |= {f"recall.{c}": float(r) for c, r in zip(self.classes, recall, strict=True)}
-        rows = self.rows(stage) if stage == "test" else None
-        if rows is not None:
-            probabilities, label, group = rows
+        rows = self.rows(stage)
+        if rows is None:
+            return named
+        probabilities, label, group = rows
+        for k, name in enumerate(self.classes):
+            area = float(one_against_rest(label == k, probabilities[:, k], np.ones((1, len(label))))[0])
+            named |= {} if np.isnan(area) else {f"auroc.{name}": area}
+        if stage == "test":
             for name, (low, high) in intervals(label, probabilities, group).items():
                 what, _, number = name.partition(".")
                 shown = f"{what}.{self.classes[int(number)]}" if number else what

@@ -32,19 +32,19 @@ class Embedded(NamedTuple):
     splits: list[str]
 
 
-def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of an epoch of len(labels) draws in which classes take turns, in random order each turn.
+def balanced_order(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of an epoch of `count` draws in which classes take turns, in random order each turn.
 
     A class goes through all its samples before one comes again.
     """
     classes = np.unique(labels)
-    turns = -(-len(labels) // len(classes))
+    turns = -(-count // len(classes))
     columns = []
     for name in classes:
         own = np.flatnonzero(labels == name)
         rounds = [rng.permutation(own) for _ in range(-(-turns // len(own)))]
         columns.append(np.concatenate(rounds)[:turns])
-    return rng.permuted(np.stack(columns, 1), axis=1).reshape(-1)[: len(labels)]
+    return rng.permuted(np.stack(columns, 1), axis=1).reshape(-1)[:count]
 
 
 class PictureData(DataModule):
@@ -74,6 +74,7 @@ class PictureData(DataModule):
             Pictures of one group (a patient) are cut into one part.
         balance: `classes` draws every class equally often in training, the rare ones repeatedly; an epoch stays
             as long as it was.
+        min_epoch_size: an epoch of a smaller training part goes through it several times, to so many samples.
         cache: `ram` keeps training pictures decoded, the shorter side at 1.15 S at most, so that small crops
             come from that; `none` decodes them anew, in full, every time.
         cache_limit_mb: how much each process of a training keeps.
@@ -106,6 +107,7 @@ class PictureData(DataModule):
         split_column: str | None = None,
         group_column: str | None = None,
         balance: Literal["none", "classes"] = "none",
+        min_epoch_size: int = 0,
         cache: Literal["ram", "none"] = "ram",
         cache_limit_mb: int = 2048,
         max_pixels: int = MAX_PIXELS,
@@ -143,6 +145,7 @@ class PictureData(DataModule):
         self.columns: dict[str, Any] = {
             f"{role}_column": column for role, column in zip(COLUMN_ROLES, given, strict=True)
         }
+        self.min_epoch_size = min_epoch_size
         self.balance, self.cache, self.max_pixels = balance, cache, max_pixels
         self.ignored: list[str] = []
         self._budget = Budget(cache_limit_mb * 2**20) if cache == "ram" else None
@@ -313,10 +316,13 @@ class PictureData(DataModule):
         return Pictures(raw.ids(), raw, self.square)
 
     def order(self, samples: Samples, split: Split, epoch: int) -> np.ndarray:
-        if split != "train" or self.balance == "none":
+        count = max(len(samples), self.min_epoch_size)
+        if split != "train" or (self.balance == "none" and count == len(samples)):
             return super().order(samples, split, epoch)
         labels = np.array([str(self.entries()[i].label) for i in self.parts()["train"]])
-        return balanced_order(labels, np.random.default_rng([self.seed, epoch]))
+        if self.balance == "none":
+            labels[:] = "all"
+        return balanced_order(labels, count, np.random.default_rng([self.seed, epoch]))
 
     # Telling
 
