@@ -1,0 +1,254 @@
+"""MQSA-TED against its published formulation and a SASRec as RecBole trains it, both written here.
+
+The published formulation scores every position of every branch against all items and feeds a dense teacher;
+RecBole's turns a history of n items into n - 1 samples of full width, each with a softmax over all items at its end.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness import Report, measure, peak_memory
+from recsys.histories import padded
+from recsys.interactions import Interactions, TrainSamples
+from recsys.mqsa_ted import MQSATED, recommendation_loss
+from recsys.optim import TensorFlowAdam
+from recsys.ranking import rank, ranking_metrics, without_seen
+from recsys.tasks import NextItem
+
+BATCH, WIDTH, TAU, LAMBDA = 256, 50, 0.1, 0.1
+
+
+def log(quick: bool) -> Interactions:
+    """Beauty where it lies beside the checkout; the embedded sample for a smoke test or without it."""
+    beauty = Path(__file__).resolve().parents[2] / "shared/data/recsys/beauty.parquet"
+    data = Interactions(None if quick or not beauty.exists() else str(beauty), max_len=WIDTH)
+    data.facts()
+    data.setup("fit")
+    return data
+
+
+class RecBoleSASRec(nn.Module):
+    """SASRec of one layer, one head and an inner width of 64, as RecBole 1.2 builds it: GELU, norms behind."""
+
+    def __init__(self, items: int, dim: int = 64, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.item, self.position = nn.Embedding(items + 1, dim), nn.Embedding(WIDTH, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim, 1e-12), nn.Dropout(dropout)
+        self.query, self.key, self.value, self.dense = (nn.Linear(dim, dim) for _ in range(4))
+        self.attention_norm, self.inner_norm = nn.LayerNorm(dim, 1e-12), nn.LayerNorm(dim, 1e-12)
+        self.inner1, self.inner2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        for value in self.parameters():
+            if value.ndim == 2:
+                nn.init.normal_(value, std=0.02)
+
+    def forward(self, history: Tensor, length: Tensor) -> Tensor:
+        """Left-aligned histories `[B, 50]` (padding 0) -> the vector of each one's last item `[B, d]`."""
+        places = torch.arange(history.shape[1]).expand_as(history)
+        x = self.dropout(self.norm(self.item(history) + self.position(places)))
+        mask = (history > 0)[:, None, None] & torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+        bias = torch.where(mask, 0.0, -10000.0)
+        scores = (self.query(x) @ self.key(x).transpose(1, 2)).unsqueeze(1) / math.sqrt(x.shape[-1]) + bias
+        seen = self.dropout(scores.softmax(-1)) @ self.value(x).unsqueeze(1)
+        x = self.attention_norm(self.dropout(self.dense(seen.squeeze(1))) + x)
+        x = self.inner_norm(self.dropout(self.inner2(F.gelu(self.inner1(x)))) + x)
+        return x[torch.arange(len(x)), length - 1]
+
+
+def dense_teacher(samples: TrainSamples, heads: np.ndarray) -> Tensor:
+    share = torch.from_numpy(samples.counts[heads].toarray() / samples.top[heads][:, None]).float()
+    return (share / TAU).softmax(1)
+
+
+def published_losses(network: MQSATED, samples: TrainSamples, history: Tensor, target: Tensor) -> Tensor:
+    """All positions `[B, 50]`, logits of both branches, a dense teacher: the graph of the published code."""
+    table = F.pad(network.item, (0, 0, 0, 1))
+    parts = network.encode(history)
+    logits = sum(s * (parts[n] @ table.T) for n, s in (("short", network.alpha), ("long", 1 - network.alpha)))
+    assert isinstance(logits, Tensor)
+    there = (target < network.items).flatten()
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    rec = (losses * there).sum() / there.sum()
+    heads = history[history < network.items]
+    x = F.dropout(F.embedding(heads, network.item) * math.sqrt(network.dim), network.dropout, network.training)
+    student = ((x @ network.item.T) / TAU).softmax(1)
+    kd = -(dense_teacher(samples, heads.numpy()) * (student + 1e-24).log()).sum(1).mean()
+    return rec + LAMBDA * kd
+
+
+def build(data: Interactions, contestant: str, dropout: float = 0.5) -> Callable[[], Any]:
+    """A training step on the next of eight batches; it gives the loss."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    samples: Any = data.samples("train")
+    batches: Iterator[list[int]] = cycle([b for b in data.batches(samples, "train", 0) if len(b) == BATCH][:8]
+                                         or data.batches(samples, "train", 0)[:8])  # fmt: skip
+    items = samples.items
+    if contestant == "RecBole's SASRec":
+        model = RecBoleSASRec(items).train()
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+        def sasrec() -> float:
+            history, length, target = prefixes(samples, next(batches), items)
+            scores = model(history, length) @ model.item.weight.T
+            return _step(optimizer, F.cross_entropy(scores, target))
+
+        return sasrec
+    system = NextItem(data.facts(), dropout=dropout, lambda_kd=LAMBDA, tau=TAU).train()
+    optimizer = TensorFlowAdam(system.parameters(), 1e-3, weight_decay=1e-4, fused=contestant == "ours")
+
+    def ours() -> float:
+        return _step(optimizer, system.losses(samples.load_batch(next(batches), 0))["loss"])
+
+    def published() -> float:
+        chosen = samples.rows[np.asarray(next(batches))]
+        whole = torch.from_numpy(padded(samples.train, WIDTH + 1, items, chosen))
+        # The first item of a history follows nothing and is no target
+        target = whole[:, 1:].masked_fill(whole[:, :-1] == items, items)
+        return _step(optimizer, published_losses(system.network, samples, whole[:, :-1], target))
+
+    return ours if contestant == "ours" else published
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def prefixes(samples: TrainSamples, users: list[int], items: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As many prefixes as a batch has users, one of each, left-aligned with padding 0."""
+    drawn = np.random.default_rng(len(users))
+    history = np.zeros((len(users), WIDTH), dtype=np.int64)
+    length, target = np.empty(len(users), np.int64), np.empty(len(users), np.int64)
+    for row, user in enumerate(samples.rows[np.asarray(users)]):
+        own = samples.train.items[samples.train.starts[user] : samples.train.starts[user + 1]]
+        cut = int(drawn.integers(1, len(own)))
+        length[row], target[row] = cut, own[cut] + 1
+        history[row, :cut] = own[:cut] + 1
+    return torch.from_numpy(history), torch.from_numpy(length), torch.from_numpy(target)
+
+
+def evaluation(data: Interactions, contestant: str, users: int) -> Callable[[], Any]:
+    """Ranks of the targets of `users` validation users; it gives NDCG@20."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    questions: Any = data.samples("val")
+    system = NextItem(data.facts()).eval()
+    network, items = system.network, len(data.catalogue)
+    # Every so-many-th user of those sorted by length: the same lengths as all
+    order = data.order(questions, "val", 0)
+    rows = order[:: max(1, len(order) // users)][:users]
+    chunks = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+
+    @torch.inference_mode()
+    def ours() -> float:
+        metrics = ranking_metrics([5, 10, 20])
+        for chunk in chunks:
+            batch = questions.load_batch(chunk, 0)
+            scores = without_seen(system.users(batch["history"]) @ network.item.T, batch["history"])
+            metrics.update(*rank(scores, batch["target"]), items)
+        return float(metrics["ndcg_20"].compute())
+
+    @torch.inference_mode()
+    def published() -> float:
+        table = F.pad(network.item, (0, 0, 0, 1))
+        total = 0.0
+        for chunk in chunks:
+            history = torch.from_numpy(padded(questions.histories, WIDTH, items, chunk))
+            seen = torch.zeros(len(chunk), items + 1).scatter_add_(1, history, torch.ones(history.shape))
+            parts = network.encode(history)
+            logits = network.alpha * (parts["short"] @ table.T) + (1 - network.alpha) * (parts["long"] @ table.T)
+            scores = logits[:, -1, :-1] - seen[:, :-1] * 2.0**32
+            found = scores.topk(20).indices == torch.from_numpy(questions.target[chunk])[:, None].long()
+            place = found.float().argmax(1)
+            total += float((found.any(1) / (place + 2.0).log2()).sum())
+        return total / len(rows)
+
+    return ours if contestant == "ours" else published
+
+
+def memory_build(quick: bool, contestant: str) -> Callable[[], object]:
+    return build(log(quick), contestant)
+
+
+def large_build(items: int, rows: int) -> Callable[[], object]:
+    """The recommendation loss and its gradient on a catalogue of `items`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    table = (0.1 * torch.randn(items, 64)).requires_grad_()
+    hidden = torch.randn(rows, 64).requires_grad_()
+    target = torch.randint(0, items, (rows,))
+
+    def run() -> None:
+        table.grad = hidden.grad = None
+        recommendation_loss(hidden, table, target).backward()
+
+    return run
+
+
+def gemm_floor(positions: int, items: int) -> float:
+    """CPU seconds of the six matrix products of an epoch, at the rate of (128 x 64)(64 x items)."""
+    a, b = torch.randn(128, 64), torch.randn(items, 64)
+    seconds = measure({"product": lambda: a @ b.T}, rounds=50)["product"].cpu
+    return 6 * positions / 128 * seconds
+
+
+def training(data: Interactions, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    samples: Any = data.samples("train")
+    positions = int(samples.lengths.sum())
+    steps = {"ours": len(data.batches(samples, "train", 0)), "RecBole's SASRec": -(-positions // BATCH)}
+    steps["published"] = steps["ours"]
+    fast = measure({n: build(data, n) for n in ("ours", "RecBole's SASRec")}, rounds=3 if quick else 16, warmup=2)
+    slow = measure({n: build(data, n) for n in ("published", "ours")}, rounds=1 if quick else 3, warmup=1)
+    first = {n: build(data, n, dropout=0.0)() for n in ("published", "ours")}
+    epoch = fast["ours"].cpu * steps["ours"]
+    rows = []
+    for name, timed in (("ours", fast["ours"]), ("RecBole's SASRec", fast["RecBole's SASRec"]),
+                        ("published", slow["published"])):  # fmt: skip
+        ours = slow["ours"].cpu * steps["ours"] if name == "published" else epoch
+        memory = peak_memory(memory_build, quick, name, passes=1)
+        rows.append({"model": name, "steps an epoch": steps[name], "CPU s a step": timed.cpu,
+                     "CPU s an epoch": timed.cpu * steps[name], "times ours": timed.cpu * steps[name] / ours,
+                     "MB beyond the start": memory and memory / 1e6, "spread": timed.spread})  # fmt: skip
+    floor = gemm_floor(positions, samples.items)
+    gap = abs(first["ours"] - first["published"])
+    return rows, [
+        f"the loss of one batch without dropout differs from the published form's by {gap:.1e}",
+        f"the six matrix products of an epoch alone: {floor:.3g} CPU s, ours takes {epoch / floor:.2f} times that",
+    ]
+
+
+def run(command: str, threads: int, quick: bool, only: str) -> Report:
+    data = log(quick)
+    rows, notes = training(data, quick)
+    users = len(data.samples("val"))
+    part = min(users, BATCH if quick else 4 * BATCH)
+    passes = {n: evaluation(data, n, part) for n in ("published", "ours")}
+    gap = abs(passes["ours"]() - passes["published"]())
+    timing = measure(passes, rounds=1 if quick else 3, warmup=1)
+    ranked = [{"model": n, "users": part, "CPU s": t.cpu, "CPU s a split": t.cpu * users / part,
+               "times ours": t.cpu / timing["ours"].cpu} for n, t in timing.items()]  # fmt: skip
+    large = []
+    for items in (10_000,) if quick else (10_000, 100_000, 1_000_000):
+        peak = peak_memory(partial(large_build), items, 1450, passes=1)
+        table = items * 64 * 4 / 1e6
+        large.append({"items": items, "MB of the table": table, "MB of all scores": items * 1450 * 4 / 1e6,
+                      "MB of a pass": peak and peak / 1e6})  # fmt: skip
+    notes += [f"NDCG@20 of both evaluations differs by {gap:.1e}",
+              f"the whole process peaked at {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, "
+              "the published form's steps included"]  # fmt: skip
+    tables = {"a training step": rows, "evaluation": ranked, "the loss on large catalogues": large}
+    return Report("mqsa_ted", command, tables, notes)
