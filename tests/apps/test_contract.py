@@ -31,6 +31,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "vision/tic": {"backbone_options": {"depths": [1, 1, 1, 1]}},
     "vision/spectformer": {"backbone_options": {"depths": [1, 1, 1, 1]}},
 }
+# The same of its data
+SMALL_DATA: dict[str, dict[str, Any]] = {
+    "timeseries/mvpformer": {"hours": 0.0125},
+    "timeseries/mvpformer_pretrain": {"hours": 0.0125},
+}
 # Weights that no loss reaches, and why: recipe -> {beginning of their names: reason}
 WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
 # Exports that a system does not have, and why: (recipe, format) -> reason
@@ -63,7 +68,7 @@ def small(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         if "image_size" in arguments:
             arguments["image_size"] = 64
     model |= SMALL.get(name, {})
-    data |= {"batch_size": min(4, data["batch_size"]), "num_workers": 0}
+    data |= {"batch_size": min(4, data["batch_size"]), "num_workers": 0, **SMALL_DATA.get(name, {})}
     return recipe
 
 
@@ -115,7 +120,7 @@ EXPORTS = [
 
 def test_the_exceptions_speak_of_systems_that_exist() -> None:
     pairs = [*NOT_EXPORTED, *SLOW_TO_EXPORT]
-    named = {*SMALL, *WITHOUT_GRADIENT, *SAME_NETWORK, *SAME_NETWORK.values(), *(n for n, _ in pairs)}
+    named = {*SMALL, *SMALL_DATA, *WITHOUT_GRADIENT, *SAME_NETWORK, *SAME_NETWORK.values(), *(n for n, _ in pairs)}
     assert named <= set(SYSTEMS)
     assert {f for _, f in pairs} <= set(FORMATS)
 
@@ -254,7 +259,13 @@ def medical_network(name: str) -> torch.nn.Module:
     return MEDUSA(2, **options)
 
 
-BUILDERS |= {"vision": vision_network, "medical": medical_network}
+def timeseries_network(name: str) -> torch.nn.Module:
+    from timeseries.variants import create_network
+
+    return create_network(name)
+
+
+BUILDERS |= {"vision": vision_network, "medical": medical_network, "timeseries": timeseries_network}
 
 
 def test_the_table_of_variants_counts_parameters_right() -> None:
@@ -290,7 +301,7 @@ def options(name: str) -> list[str]:
     recipe = small(read_recipe(["--config", name]), name)
     sizes = [
         f"--{part}.{key}={recipe[part]['init_args'][key]}"
-        for part, keys in (("data", ("batch_size", "num_workers", "image_size")), ("model", ("image_size",)))
+        for part, keys in (("data", ("batch_size", "num_workers", "image_size", "hours")), ("model", ("image_size",)))
         for key in keys
         if key in recipe[part]["init_args"]
     ]
