@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from polyhead.columns import make_columns
 from polyhead.errors import UserError
@@ -166,12 +166,15 @@ class SignalModel(System):
         return {"loss": loss, "accuracy": accuracy}
 
     def make_metrics(self) -> MetricCollection:
-        return MetricCollection({"surprise": Surprise(self.temperature)})
+        return MetricCollection(
+            {"surprise": Surprise(self.temperature), "generative_loss": MeanMetric()}, compute_groups=False
+        )
 
     def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
         source = torch.Generator().manual_seed(int(batch["first"].sum()) % 2**31)
         loss, accuracy, embeddings, index = self._loss(batch, source)
         metrics["surprise"].update(loss, embeddings, index)
+        metrics["generative_loss"].update(loss)
         return {"loss": loss, "accuracy": accuracy}
 
     def named_results(self, stage: str) -> dict[str, float]:

@@ -306,7 +306,7 @@ def _features(data: RecordingData, split: Any, chosen: Iterable[int]) -> tuple[l
     for index in chosen:
         sample = samples.plain(int(index))
         x = data._encoder.features(sample["x"][None], *(sample[k][None] if k in sample else None
-                                                        for k in ("mean", "deviation")))[0]  # fmt: skip
+                                                        for k in ("energy_mean", "energy_deviation")))[0]  # fmt: skip
         features.append(x.transpose(0, 1).flatten(1).numpy())
         kept.append({k: v for k, v in sample.items() if k != "x"})
     return features, kept

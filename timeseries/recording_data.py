@@ -381,7 +381,7 @@ class RecordingData(DataModule):
             sample["x"] = -sample["x"]
         if self.flip_channels and draws[1] < 0.5:
             sample["x"] = sample["x"].flip(1)
-            for key in ("channel_label", "mean", "deviation"):
+            for key in ("channel_label", "energy_mean", "energy_deviation"):
                 if key in sample:
                     sample[key] = sample[key].flip(0)
 

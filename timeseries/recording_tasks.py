@@ -82,9 +82,9 @@ class SeizureDetector(Classifier):
     """MVPFormer on windows of recordings: a seizure detector, or a classifier of other states.
 
     Takes `x [B, T, C, L]` as the data module prepares it (any C, and with sliding windows any T) and, where the
-    data standardise, `mean` and `deviation [B, C, bands]`; gives `logits [B, K]`, `probabilities [B, K]` and
-    `relevance [B, C]`: what each channel says by itself (head `channel`), or its share of the logit of the last
-    class over the first. Prediction columns: `probability` (of any class but the first), `label`,
+    data standardise, `energy_mean` and `energy_deviation [B, C, bands]`; gives `logits [B, K]`, `probabilities
+    [B, K]` and `relevance [B, C]`: what each channel says by itself (head `channel`), or its share of the logit of
+    the last class over the first. Prediction columns: `probability` (of any class but the first), `label`,
     `probabilities`, `relevance`, `threshold`, `alarm` (whether the probability of this one window reaches it);
     beside them what the data know: recording, start, stop, since (from where to `stop` the window speaks of),
     channels, padded (a clip shorter than a window, continued by its mirror image), notes.
@@ -181,10 +181,10 @@ class SeizureDetector(Classifier):
     # The graph
 
     def input_names(self) -> list[str]:
-        return ["x", "mean", "deviation"] if self.standardise else ["x"]
+        return ["x", "energy_mean", "energy_deviation"] if self.standardise else ["x"]
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
-        embeddings = self.network.embed(inputs["x"], inputs.get("mean"), inputs.get("deviation"))
+        embeddings = self.network.embed(*(inputs[name] for name in self.input_names()))
         return self._outputs(embeddings)
 
     def _outputs(self, embeddings: Tensor) -> dict[str, Tensor]:
@@ -206,7 +206,8 @@ class SeizureDetector(Classifier):
             return super().forward(batch)
         chosen = torch.empty(len(places), dtype=torch.long, device=x.device)
         chosen[inverse.flatten()] = torch.arange(inverse.numel(), device=x.device)
-        measured = (batch["mean"][:1], batch["deviation"][:1]) if self.standardise else (None, None)
+        names = self.input_names()[1:]
+        measured = [batch[n][:1] for n in names]
         embeddings = self.network.embed(x.flatten(0, 1)[chosen][None], *measured)[0]
         return self._outputs(embeddings[inverse])
 
@@ -230,14 +231,14 @@ class SeizureDetector(Classifier):
             x = {"x": rows.sin().view(windows, segments, channels, self.length)}
             if self.standardise:
                 bands = len(band_sizes(self.length))
-                x["mean"] = torch.linspace(-1, 1, windows * channels * bands).view(windows, channels, bands)
-                x["deviation"] = 1 + x["mean"].square()
+                x["energy_mean"] = torch.linspace(-1, 1, windows * channels * bands).view(windows, channels, bands)
+                x["energy_deviation"] = 1 + x["energy_mean"].square()
             return x
 
         free = not self.channels
         dynamic: dict[str, dict[int, str]] = {"x": {1: "segments", **({2: "channels"} if free else {})}}
         if self.standardise and free:
-            dynamic |= {k: {1: "channels"} for k in ("mean", "deviation")}
+            dynamic |= {k: {1: "channels"} for k in ("energy_mean", "energy_deviation")}
         return Signature(
             inputs=example(2, max(2, steps), count),
             outputs=["logits", "probabilities", "relevance"],
@@ -274,7 +275,7 @@ class SeizureDetector(Classifier):
 
     def _augmented(self, batch: dict[str, Any]) -> Tensor:
         """Embeddings of a training batch, with noise on its energies and silenced channels where asked for."""
-        x, mean, deviation = batch["x"], batch.get("mean"), batch.get("deviation")
+        x, mean, deviation = batch["x"], batch.get("energy_mean"), batch.get("energy_deviation")
         if not (self.feature_noise or self.channel_dropout):
             return self.network.embed(x, mean, deviation)
         encoder: Any = self.network.encoder
@@ -345,8 +346,7 @@ class SeizureDetector(Classifier):
         names = batch.get("about", {}).get("channels")
         drawn = []
         for i in range(len(batch["x"])):
-            one = {k: batch[k][i : i + 1] for k in self.input_names()}
-            attended = self.network.attended(**one)[0]
+            attended = self.network.attended(*(batch[k][i : i + 1] for k in self.input_names()))[0]
             x = batch["x"][i].transpose(0, 1).flatten(1)
             probability = 1 - float(outputs["probabilities"][i, 0])
             start = float(batch["start"][i]) if "start" in batch else 0.0

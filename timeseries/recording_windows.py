@@ -183,7 +183,7 @@ class Windows:
             sample["label"] = torch.tensor(label)
             sample["truth"] = self.truth[number]
         if module.standardise:
-            sample["mean"], sample["deviation"] = module.energies_of(opened)
+            sample["energy_mean"], sample["energy_deviation"] = module.energies_of(opened)
         if source is not None:
             module.augment(sample, source)
         sample["about"] = {

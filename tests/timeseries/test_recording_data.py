@@ -311,7 +311,7 @@ def test_windows_at_events(tmp_path: Path) -> None:
     samples: Any = data.samples("val")
     assert len(samples) == 50 and samples.rows[:, 3].sum() == 24
     item = samples.load(0, 0)
-    assert float(item["start"]) == 0.5 and item["mean"].shape == (3, 4)
+    assert float(item["start"]) == 0.5 and item["energy_mean"].shape == (3, 4)
     starts = {float(data.samples("train").load(4, e)["start"]) for e in range(30)}
     assert len(starts) > 20 and min(starts) >= 8.0 and max(starts) <= 10.0
     other = module(tmp_path, **{**options, "splits": {"train": ["*R77*"]}, "split_by": "time"})
