@@ -382,36 +382,46 @@ def read_log(root: str | Path, name: str | None = None, format: LogFormat | None
         raise UserError(f"{root} holds no events")
     if len({len(p) for p in parts}) > 1:
         raise UserError(f"some tables of {root} have times and some have not")
-    columns_ = [np.concatenate(c) for c in zip(*parts, strict=True)]
+    return _ordered(users, items, _joined(parts), text, form.duplicates, incomplete)
+
+
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """The parts' columns, one after the other, so that no more than one is held twice."""
+    columns: list[list[np.ndarray]] = [list(c) for c in zip(*parts, strict=True)]
     parts.clear()
-    return _ordered(users, items, columns_, text, form.duplicates, incomplete)
+    whole = []
+    for column in columns:
+        whole.append(np.concatenate(column))
+        column.clear()
+    return whole
 
 
 def _ordered(users: _Ids, items: _Ids, columns: list[np.ndarray], text: bool, duplicates: str, incomplete: int) -> Log:
     user_names, user_place = users.sorted(text)
     item_names, item_place = items.sorted(text)
     user, item = user_place[columns[0]], item_place[columns[1]]
-    if len(columns) == 2:
+    columns[:2] = []
+    if not columns:
         order = np.argsort(user, kind="stable")
         return Log(user_names, item_names, user[order], item[order], None, incomplete)
-    time = columns[2]
-    repeated = _repeated(user, item, time)
-    count = int(repeated.sum())
-    if count and duplicates == "drop":
-        user, item, time = user[~repeated], item[~repeated], time[~repeated]
+    time = columns.pop()
     order = np.lexsort((time, user))
-    return Log(user_names, item_names, user[order], item[order], time[order], incomplete, count)
+    user, item, time = user[order], item[order], time[order]
+    repeated = _repeated(user, item, time)
+    if len(repeated) and duplicates == "drop":
+        user, item, time = (np.delete(values, repeated) for values in (user, item, time))
+    return Log(user_names, item_names, user, item, time, incomplete, len(repeated))
 
 
 def _repeated(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Which events have the user, item and time of an earlier row."""
-    order = np.lexsort((time, item, user))
-    same = np.ones(len(order) - 1, dtype=bool)
-    for values in (user, item, time):
-        same &= values[order[1:]] == values[order[:-1]]
-    repeated = np.zeros(len(order), dtype=bool)
-    repeated[order[1:][same]] = True
-    return repeated
+    """Which events, in order of user and time, have the user, item and time of an earlier one, as indices."""
+    same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    # Only events of one user at one time can be such; they are few
+    some = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
+    order = some[np.lexsort((item[some], time[some], user[some]))]
+    before, after = order[:-1], order[1:]
+    equal = (user[after] == user[before]) & (time[after] == time[before]) & (item[after] == item[before])
+    return after[equal]
 
 
 def core(user: np.ndarray, item: np.ndarray, least: int) -> np.ndarray:
