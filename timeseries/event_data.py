@@ -28,8 +28,8 @@ SAMPLE = {
 }
 # Points after the last event at which predictions hold the intensity, in mean gaps
 AHEAD = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-# Positions of a training batch that the smallest data have too
-FEWEST = 64
+# Steps that an epoch should have, and positions of a training batch that the smallest data have too
+STEPS, FEWEST = 50, 64
 
 
 def embedded() -> Reading:
@@ -44,18 +44,21 @@ def embedded() -> Reading:
 
 
 class Piece(NamedTuple):
-    """A sequence, or a stretch of one, as it is served: times in the reported unit, types 0 to K - 1."""
+    """A sequence, or a stretch of one from its event `first` on, as it is served: times in the reported unit, types 0
+    to K - 1."""
 
     id: str
     span: Span
     problem: str | None = None
+    first: int = 0
 
 
 class EventSamples:
     """Sequences as rows: BOS, then the events.
 
     A sample holds `types` `[N]` (K for BOS), `dt` `[N]` (the gap before each row), `gap` `[N]` (the scored interval
-    after it, 0 where none is), `target` `[N]` (the type that ends that interval, -1 where none does).
+    after it, 0 where none is), `target` `[N]` (the type that ends that interval, -1 where none does), `first` (the
+    place of the first event in its sequence).
     """
 
     def __init__(self, pieces: list[Piece], kinds: int) -> None:
@@ -67,10 +70,11 @@ class EventSamples:
         return len(self.pieces)
 
     def load(self, index: int, epoch: int) -> dict[str, Any]:
-        name, span, problem = self.pieces[index]
+        name, span, problem, first = self.pieces[index]
         if problem is not None:
             raise BadSample(problem)
-        return {"id": name, **{k: torch.from_numpy(v) for k, v in rows(span, self.kinds).items()}}
+        arrays = {k: torch.from_numpy(v) for k, v in rows(span, self.kinds).items()}
+        return {"id": name, **arrays, "first": torch.tensor(first)}
 
 
 def rows(span: Span, kinds: int) -> dict[str, np.ndarray]:
@@ -107,8 +111,8 @@ class EventData(DataModule):
         labels: what people call them; from a `marks.csv` beside the data if None.
         time_scale: the mean gap, in which the model measures time; found from the training part when None.
         max_events: longer sequences are served in pieces of so many events; the first of a later piece is given.
-        max_positions: padded positions of a batch, which bounds the memory; training takes smaller batches of small
-            data, so that an epoch has some 50 steps.
+        max_positions: padded positions of a batch, and of a piece in training, which bounds the memory. Of small data
+            training takes smaller batches, and goes over them several times an epoch, so that it has some 50 steps.
         val_fraction, test_fraction: shares of parts that the data do not name.
         sequence_column, time_column, type_column, end_column, split_column: a table's columns; by usual names if None.
         batch_size, num_workers, seed, on_error: see `polyhead.data.DataModule`; `batch_size` is the most sequences.
@@ -229,24 +233,27 @@ class EventData(DataModule):
             if piece.problem is None and not _scored(piece.span):
                 self.left_out += 1
                 continue
-            served += self._cut(piece)
+            most = min(self.max_events, self.max_positions - 1) if split == "train" else self.max_events
+            served += self._cut(piece, max(2, most))
         return served
 
-    def _cut(self, piece: Piece) -> list[Piece]:
+    @staticmethod
+    def _cut(piece: Piece, most: int) -> list[Piece]:
+        """Pieces of at most so many events."""
         span = piece.span
         n = len(span.times)
-        if n <= self.max_events:
+        if n <= most:
             return [piece]
         # A later piece begins with the event that the one before ended with
-        starts = range(0, n - 1, self.max_events - 1)
+        starts = range(0, n - 1, most - 1)
         cut = []
         for a in starts:
-            b = min(a + self.max_events, n)
+            b = min(a + most, n)
             end = span.end if b == n else float(span.times[b - 1])
             first = a == 0
             own = Span(span.times[a:b], span.types[a:b], span.start if first else float(span.times[a]), end,
                        span.given if first else True)  # fmt: skip
-            cut.append(Piece(f"{piece.id}@{a}", own))
+            cut.append(Piece(f"{piece.id}@{a}", own, None, a))
         return cut
 
     def prepare(self, stage: str) -> None:
@@ -367,7 +374,7 @@ class EventData(DataModule):
         order = order[np.argsort(lengths[order], kind="stable")]
         room = self.max_positions
         if split == "train":
-            room = min(room, max(FEWEST, int(lengths.sum()) // 50))
+            room = min(room, max(FEWEST, int(lengths.sum()) // STEPS))
         batches: list[list[int]] = [[]]
         for index in order.tolist():
             if batches[-1] and (len(batches[-1]) + 1 > self.batch_size
@@ -375,8 +382,9 @@ class EventData(DataModule):
                 batches.append([])
             batches[-1].append(index)
         if split == "train":
-            mixed = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
-            batches = [batches[i] for i in mixed]
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            passes = max(1, STEPS // len(batches))
+            batches = [batches[i] for _ in range(passes) for i in rng.permutation(len(batches))]
         return [b for b in batches if b]
 
     def collate(self, items: list[dict[str, Any] | Unreadable]) -> dict[str, Any]:
@@ -389,7 +397,7 @@ class EventData(DataModule):
         for item in good:
             n = len(item["types"])
             new = {k: torch.nn.functional.pad(item[k], (0, longest - n), value=v) for k, v in blank.items()}
-            padded.append({"id": item["id"], **new, "length": torch.tensor(n), "ahead": ahead})
+            padded.append({**item, **new, "length": torch.tensor(n), "ahead": ahead})
         return collate(padded)
 
     # Telling

@@ -136,15 +136,16 @@ class EventModel(System):
 
     # Training and evaluation
 
-    def states(self, batch: dict[str, Any], first: Tensor | int = 0) -> States:
-        return self.network(batch["dt"] / self.scale, batch["types"], None, first)
+    def states(self, batch: dict[str, Any], shift: Tensor | int = 0) -> States:
+        """States of all rows; `shift` is added to their positions."""
+        return self.network(batch["dt"] / self.scale, batch["types"], None, batch["first"] + shift)
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        first: Tensor | int = 0
+        shift: Tensor | int = 0
         if self.position_offset:
             size = (len(batch["dt"]),)
-            first = torch.randint(0, self.position_offset + 1, size, device=batch["dt"].device)
-        states = self.states(batch, first)
+            shift = torch.randint(0, self.position_offset + 1, size, device=batch["dt"].device)
+        states = self.states(batch, shift)
         gap, target = batch["gap"] / self.scale, batch["target"]
         if self.alignment == "official":
             # The state after event i is used on the interval that event i ends

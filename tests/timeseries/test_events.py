@@ -257,13 +257,12 @@ def test_the_time_unit_scales_what_is_reported(tmp_path: Path) -> None:
 
 
 def test_long_sequences_come_in_pieces_that_miss_no_event() -> None:
-    data = EventData(max_events=10)
     times = np.arange(1.0, 36.0)
     piece = Piece("x", Span(times, np.arange(35) % 2, 0.0, 40.0, False))
-    cut = data._cut(piece)
+    cut = EventData._cut(piece, 10)
     scored = np.concatenate([p.span.times[int(p.span.given) :] for p in cut])
     assert np.array_equal(scored, times) and all(len(p.span.times) <= 10 for p in cut)
-    assert sum(p.span.end - p.span.start for p in cut) == 40.0
+    assert sum(p.span.end - p.span.start for p in cut) == 40.0 and [p.first for p in cut] == [0, 9, 18, 27]
 
 
 @settings(deadline=None, max_examples=30)
@@ -276,7 +275,10 @@ def test_batches_hold_everything_once_and_stay_small(lengths: list[int], size: i
     samples = EventSamples(pieces, 2)
     for epoch in (0, 1):
         batches = data.batches(samples, "train", epoch)
-        assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+        served = sorted(i for b in batches for i in b)
+        passes = len(served) // len(lengths)
+        assert served == sorted(list(range(len(lengths))) * passes) and (passes == 1 or len(batches) <= 50)
+        assert sorted(i for b in data.batches(samples, "val", epoch) for i in b) == list(range(len(lengths)))
         assert all(len(b) <= size for b in batches)
         assert all(len(b) == 1 or len(b) * max(samples.lengths[b]) <= positions for b in batches)
         assert batches == data.batches(samples, "train", epoch)
