@@ -25,8 +25,11 @@ KEY = re.compile(
     r"|mvpformer\.h\.\d+\.(ln_1\.weight|mlp\.(gate|up|down)_proj\.weight"
     r"|attn\.(attn_bias|(q_attn|c_attn|c_proj|position_net|channel_net)\.weight|(q_attn|c_attn)\.lora_[AB]))"
 )
-# (width, blocks) of the published sizes -> name, heads, segment samples of the published encoder
-PUBLISHED = {(768, 12): ("mvpformer_s", 12), (2048, 24): ("mvpformer_m", 16)}
+# (width, blocks) of the published sizes, and of ours -> name, heads, which weights do not tell
+PUBLISHED = {
+    (768, 12): ("mvpformer_s", 12), (2048, 24): ("mvpformer_m", 16), (128, 4): ("mvpformer_mini", 4),
+    (32, 2): ("mvpformer_xs", 4), (16, 1): ("mvpformer_micro", 4),
+}  # fmt: skip
 WAVELET_SIZE, LENGTH = 2610, 2560
 SEGMENTS, SEGMENT_SECONDS, RATE = 25, 5.0, 512.0
 
@@ -97,7 +100,11 @@ def recipe(config: Mapping[str, Any], classes: list[str], size: int) -> dict[str
             f"give {WAVELET_SIZE}"
         )
     rows = {k: config[k] for k in ("n_positions", "n_channels")}
-    model = {"size": config["name"], "encoder": "wavelet", "anchor": "end", "trained_segments": SEGMENTS, **rows}
+    sizes = {k: config[k] for k in ("width", "layers", "heads", "kv_heads", "inner")}
+    model = {
+        "size": config["name"], "encoder": "wavelet", "anchor": "end", "trained_segments": SEGMENTS, "network": sizes,
+        **rows,
+    }  # fmt: skip
     data: dict[str, Any] = {
         "rate": RATE, "segment": SEGMENT_SECONDS, "segments": SEGMENTS, "reference": "median", "scale": "microvolt",
     }  # fmt: skip
