@@ -91,16 +91,24 @@ def main(arguments: list[str]) -> int:
     make = getattr(module, "recipe", image_recipe)
     made = make(config, _class_names(options.classes, config["num_classes"], make is image_recipe), size)
     system = bundle.build_model(made["model"])
-    # What a system keeps beside its network no published checkpoint has
-    beside = {k: v for k, v in system.state_dict().items() if not k.startswith("network.")}
+    # What a system keeps beside its network no published checkpoint has, and not all count their batches; of a
+    # trunk or an encoder alone the rest is new, for a training to start from
+    partial = bool(config.get("partial"))
+    beside = {
+        k: v for k, v in system.state_dict().items()
+        if partial or not k.startswith("network.") or k.endswith("num_batches_tracked")
+    }  # fmt: skip
     own = {f"network.{k}": v.float() if v.is_floating_point() else v for k, v in weights.items()}
     saved = bundle.Saved({**beside, **own},
                          made["model"], made["data"], Path(str(options.checkpoint or options.source)))  # fmt: skip
     bundle.load_weights(system, saved)
     source = Path(options.checkpoint).name if options.checkpoint else options.source
     text = f"# {output.name}\n\nConverted from the published checkpoint `{source}`; its licence and results hold.\n"
+    if partial:
+        text += "\nOnly a part of the network is in it, the rest is untrained: a start for `fit --init_from`.\n"
     bundle.save_bundle(output, system.state_dict(), made["model"], made["data"], text)
     count = sum(p.numel() for p in system.network.parameters())
     print(f"{output}: {config.get('name', options.system)}, {count:,} parameters, {config['num_classes']} classes")
-    print(f"next: polyhead predict --ckpt_path {output} --data.root DIR")
+    step = f"fit --init_from {output}" if partial else f"predict --ckpt_path {output}"
+    print(f"next: polyhead {step} --data.root DIR")
     return 0

@@ -2,4 +2,12 @@
 
 from polyhead.lazy import lazy
 
-__getattr__ = lazy(__name__, {"ImageClassifier": "vision.tasks", "ImageData": "vision.images"})
+__getattr__ = lazy(
+    __name__,
+    {
+        "ImageClassifier": "vision.tasks",
+        "ImageData": "vision.images",
+        "ExpressionClassifier": "vision.expression_tasks",
+        "FaceData": "vision.faces",
+    },
+)

@@ -57,19 +57,21 @@ def class_maps(network: nn.Module, x: Tensor) -> tuple[Tensor, str]:
     return grad_cam(network, x), "Grad-CAM"
 
 
-def heat_picture(image: Tensor, heat: Tensor, title: str, kind: str) -> Any:
-    """The image `[3, H, W]` uint8 beside itself under its heat map `[h, w]`."""
+def heat_picture(image: Tensor, heats: dict[str, Tensor], title: str) -> Any:
+    """The image `[3, H, W]` uint8 beside itself under each of its heat maps `[h, w]`, by name."""
     from matplotlib import pyplot
 
     height, width = image.shape[-2:]
-    full = F.interpolate(heat[None, None].float(), (height, width), mode="bilinear", align_corners=False)[0, 0]
     picture = image.permute(1, 2, 0).numpy()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(6, 3.2), layout="constrained")
+    wide = len(heats) + 1
+    figure, (left, *others) = pyplot.subplots(1, wide, figsize=(3 * wide, 3.2), layout="constrained")
     left.imshow(picture)
     left.set_title(title, fontsize="medium")
-    right.imshow(picture)
-    right.imshow(full.numpy(), cmap="jet", alpha=0.45)
-    right.set_title(kind, fontsize="medium")
-    for axis in (left, right):
+    for axis, (name, heat) in zip(others, heats.items(), strict=True):
+        full = F.interpolate(heat[None, None].float(), (height, width), mode="bilinear", align_corners=False)[0, 0]
+        axis.imshow(picture)
+        axis.imshow(full.numpy(), cmap="jet", alpha=0.45)
+        axis.set_title(name, fontsize="medium")
+    for axis in (left, *others):
         axis.set_axis_off()
     return figure

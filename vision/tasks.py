@@ -236,5 +236,5 @@ class ImageClassifier(Freezing, Classifier):
         for image, heat, p in zip(batch["image"].cpu(), maps.cpu(), probabilities, strict=True):
             title = f"{self.classes[int(p.argmax())]} {float(p.max()):.2f}"
             arrays = {"image": image.numpy(), "map": heat.numpy(), "probabilities": p.numpy()}
-            described.append((heat_picture(image, heat, title, kind), arrays))
+            described.append((heat_picture(image, {kind: heat}, title), arrays))
         return described

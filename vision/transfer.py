@@ -226,19 +226,20 @@ class Encoder(nn.Module):
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
+        x, last = self._before_last(tokens)
         # In training the last block drops too, which the shortcut leaves out
         return self.norm(last(x) if self.training else last.first(x))[:, 0]
 
-    def class_attention(self, tokens: Tensor) -> Tensor:
-        """Attention of the class token to the N tokens in the last block, mean over heads, `[B, N]`."""
+    def _before_last(self, tokens: Tensor) -> tuple[Tensor, Any]:
         x = self.embed(tokens)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
+        return x, last
+
+    def class_attention(self, tokens: Tensor) -> Tensor:
+        """Attention of the class token to the N tokens in the last block, mean over heads, `[B, N]`."""
+        x, last = self._before_last(tokens)
         return last.attn.class_scores(last.norm1(x)).softmax(-1).mean(1)[:, 1:]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from polyhead.errors import UserError, nearest
 
-FAMILIES = ("shvit", "halonet", "spectformer", "tic", "acmil", "sahp", "mvpformer", "mqsa_ted")
+FAMILIES = ("shvit", "halonet", "spectformer", "tic", "acmil", "transfer", "sahp", "mvpformer", "mqsa_ted")
 CONVERTERS = {name: f"checkpoints.converters.{name}" for name in FAMILIES}
 
 Converter = Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
