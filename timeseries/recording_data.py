@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -18,7 +19,7 @@ from polyhead.sources import existing
 from polyhead.splits import split_indices
 from timeseries.mvpformer import EnergyEncoder
 from timeseries.recording_windows import Opened, Windows, class_of, simulated, simulated_states
-from timeseries.recordings import ArraySource, Recording, find_recordings, open_recording
+from timeseries.recordings import ArraySource, Recording, find_recordings, open_recording, unpack
 from timeseries.signals import Cache, Preparation, Prepared, Reference, Scale, check_preparation
 
 SEIZURE = ["*seizure*", "seiz", "sz", "sz[ _0-9-]*", "ictal*"]
@@ -33,7 +34,7 @@ class RecordingData(DataModule):
     """Windows from intracranial or scalp recordings, or from simulated ones.
 
     Args:
-        root: a recording, or a folder of them (EDF, BDF, BrainVision, FIF, Persyst, EEGLAB, SWEC's HDF5, tables;
+        root: a recording, or a folder or zip of them (EDF, BDF, BrainVision, FIF, Persyst, EEGLAB, SWEC's HDF5, tables;
             BIDS or not); None is the embedded sample of simulated recordings with seizures.
         labelled: whether windows have labels; False for pre-training.
         labels: class -> patterns of annotation texts, such as '{seizure: ["*seizure*", sz]}'.
@@ -144,6 +145,7 @@ class RecordingData(DataModule):
         self.cache = Cache(cache_mb)
         self._open: dict[str, tuple[list[Opened], list[Unreadable]]] = {}
         self._said: set[str] = set()
+        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         self._encoder = EnergyEncoder(self.segment_samples, 1)
         self._energies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -183,7 +185,13 @@ class RecordingData(DataModule):
         assert self.root is not None
         notes: list[str] = []
         found, failed = [], []
-        for place in find_recordings(self.root, notes):
+        root = Path(self.root)
+        if root.suffix.lower() == ".zip" and root.is_file():
+            if self._unpacked is None:
+                self._unpacked = tempfile.TemporaryDirectory(prefix="recordings-")
+                unpack(root, Path(self._unpacked.name))
+            root = Path(self._unpacked.name)
+        for place in find_recordings(root, notes):
             try:
                 recording = open_recording(place.path, place.id, self.unit, self.table_rate)
                 recording.split = place.split

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +23,11 @@ import numpy as np
 from polyhead.errors import BadSample, UserError, reason
 from polyhead.sources import SPLIT_NAMES, existing
 from timeseries.edf import UNITS, EdfFile, Mark, Piece
-from timeseries.swec import SwecFile, same_patient
+from timeseries.swec import HourFile, SwecFile, same_patient
 
 EDF = (".edf", ".bdf", ".rec")
 TABLES = (".parquet", ".csv", ".tsv")
-HDF5 = (".h5", ".hdf5")
+HDF5 = (".h5", ".hdf5", ".mat")
 # Read by MNE; of a format in several files, the one that names the others
 MNE = (".vhdr", ".fif", ".fif.gz", ".lay", ".set", ".eeg", ".cnt", ".mff", ".nedf", ".vmrk", ".gdf", ".mefd", ".nsx")
 # Tables that lie beside recordings without being one
@@ -145,7 +148,7 @@ class SwecSource:
     """A file of the SWEC archive."""
 
     def __init__(self, path: Path) -> None:
-        self.file = SwecFile(path)
+        self.file: Any = HourFile(path) if path.suffix.lower() == ".mat" else SwecFile(path)
         self.names = [f"CH{i + 1}" for i in range(self.file.shape[0])]
         self.rates = [self.file.rate] * len(self.names)
         self.pieces = [Piece(0.0, self.file.duration)]
@@ -363,6 +366,25 @@ def open_recording(path: Path, name: str, unit: str = "uV", table_rate: float | 
 # Many files
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """The members of a zip as files under `folder`: recordings are read in slices, which a zip cannot give.
+
+    Members that would leave the folder, links and encrypted ones are left out. Raises UserError.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                target = (folder / member.filename).resolve()
+                link = (member.external_attr >> 16) & 0o170000 == 0o120000
+                if member.is_dir() or link or member.flag_bits & 1 or not target.is_relative_to(folder.resolve()):
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(member) as source, target.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise UserError(f"{archive} is no readable zip: {reason(error)}") from error
+
+
 def is_recording(path: Path) -> bool:
     """Whether a file is taken for a recording by its name."""
     lower = path.name.lower()
@@ -371,7 +393,7 @@ def is_recording(path: Path) -> bool:
     # BrainVision's samples and markers, and EEGLAB's, are named by another file
     if lower.endswith((".eeg", ".vmrk")):
         return lower.endswith(".eeg") and not path.with_suffix(".vhdr").exists()
-    if lower.endswith(HDF5) and re.search(r"_part_\d+$", path.stem):
+    if lower.endswith(HDF5) and re.search(r"_part_\d+$|_info$", path.stem):
         return False
     return lower.endswith((*EDF, *TABLES, *HDF5, *MNE))
 
@@ -396,8 +418,6 @@ def find_recordings(root: str | Path, notes: list[str]) -> list[Found]:
     """
     root = existing(root)
     if root.is_file():
-        if root.suffix.lower() == ".zip":
-            raise UserError(f"{root} is an archive: unpack it, recordings are read in slices from files of their own")
         return [Found(root.name, root)]
     paths = sorted(p for p in root.rglob("*") if is_recording(p) and (p.is_file() or p.suffix in (".mff", ".mefd")))
     order: Callable[[Path], tuple[bool, str]] = lambda p: (p.suffix.lower() in TABLES, p.name)  # noqa: E731

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,47 @@ class SwecFile:
 
         with h5py.File(self.path, "r") as file:
             return file["data/ieeg"][:, start:stop].astype(np.float32)
+
+
+class HourFile:
+    """The older release (ETHZ): `IDxx_Nh.mat` holds hour N as `EEG`, `IDxx_info.mat` rate and seizures of all hours.
+
+    Attributes:
+        rate, shape, seizures: as of `SwecFile`, seizures in this hour's own time.
+
+    Raises:
+        BadSample: it is not of this layout, or the table beside it is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from scipy.io import loadmat
+
+        path = Path(path)
+        found = re.fullmatch(r"(.+)_(\d+)h", path.stem)
+        info = path.with_name(f"{found[1]}_info.mat") if found else None
+        if found is None or info is None or not info.is_file():
+            raise BadSample("a .mat file of the SWEC layout is called IDxx_Nh.mat and lies beside IDxx_info.mat")
+        try:
+            table = loadmat(info, squeeze_me=True)
+            self.signal = np.asarray(loadmat(path)["EEG"])
+            self.rate = float(table["fs"])
+            pairs = zip(np.atleast_1d(table["seizure_begin"]), np.atleast_1d(table["seizure_end"]), strict=True)
+            before = 3600.0 * (int(found[2]) - 1)
+            spans = [(float(a) - before, float(b) - before) for a, b in pairs]
+        except Exception as error:  # scipy raises almost anything on a damaged file
+            raise BadSample(f"not a .mat file of the SWEC layout: {reason(error)[:200]}") from error
+        if self.signal.shape[0] > self.signal.shape[1]:
+            self.signal = self.signal.T
+        self.shape: tuple[int, int] = self.signal.shape
+        self.seizures: Seizures = [(a, b) for a, b in spans if b > 0 and a < self.duration]
+
+    @property
+    def duration(self) -> float:
+        return self.shape[1] / self.rate
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Samples `[C, stop - start]`, float32 microvolts."""
+        return self.signal[:, start:stop].astype(np.float32)
 
 
 def write_swec(path: str | Path, signal: np.ndarray, rate: float, seizures: Seizures) -> None:

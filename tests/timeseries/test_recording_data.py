@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,33 @@ def test_tables_with_a_column_a_channel(tmp_path: Path) -> None:
     assert open_recording(tmp_path / "b.csv", "b", table_rate=50).source.pieces[0].duration == 6
     with pytest.raises(UserError, match="data.unit"):
         open_recording(tmp_path / "a.parquet", "a", "inches")
+
+
+def test_the_older_swec_release(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    signal = 30 * np.random.default_rng(0).normal(size=(3, 5000))
+    savemat(tmp_path / "ID3_2h.mat", {"EEG": signal})
+    savemat(tmp_path / "ID3_info.mat", {"fs": 100.0, "seizure_begin": [10.0, 3610.0], "seizure_end": [20.0, 3625.0]})
+    data = module(tmp_path)
+    (opened,), failed = data.opened("predict")
+    assert not failed and opened.truth(0) == [(10.0, 25.0)] and opened.group == "ID3"
+    assert np.allclose(opened.prepared.read(0, 100, 50), signal[:, 100:150], atol=1e-3)
+    (tmp_path / "ID3_info.mat").unlink()
+    assert "IDxx_info.mat" in module(tmp_path).opened("predict")[1][0].reason
+
+
+def test_a_zip_is_read_without_leaving_its_folder(tmp_path: Path) -> None:
+    write(tmp_path / "a.edf", seconds=20)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        file.write(tmp_path / "a.edf", "sub-1/a.edf")
+        file.write(tmp_path / "a.edf", "../outside.edf")
+    data = module(tmp_path / "all.zip")
+    data.setup("predict")
+    assert [o.id for o in data.opened("predict")[0]] == ["sub-1/a.edf"] and len(data.samples("predict")) == 17
+    (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(UserError, match="no readable zip"):
+        module(tmp_path / "bad.zip").setup("predict")
 
 
 def test_mne_s_formats_are_read(tmp_path: Path) -> None:
