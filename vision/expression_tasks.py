@@ -66,6 +66,7 @@ class ExpressionClassifier(Freezing, Classifier):
         system: see `polyhead.system.System`.
     """
 
+    network: Any
     mean: Tensor
     std: Tensor
 
