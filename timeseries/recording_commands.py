@@ -27,6 +27,8 @@ from timeseries.signals import Preparation, Prepared
 # Samples of all channels above which an EDF+ file gets annotations alone
 MOST_SAMPLES = 500_000_000
 AROUND = 60.0
+# Seconds that a data record of a written file may last
+RECORDS = (1.0, 0.5, 0.4, 0.25, 0.2, 0.1, 2.0, 3.0, 4.0, 5.0, 8.0, 10.0)
 # Of a baseline's training windows, so many without an event for each one with
 NEGATIVES = 12
 
@@ -43,7 +45,10 @@ def write_edf(path: Path, signals: Sequence[tuple[str, float, np.ndarray]], mark
     import edfio
 
     made = []
+    length = _record(signals)
     for name, rate, row in signals:
+        short = -len(row) % round(rate * length)
+        row = np.pad(row, (0, short), mode="edge") if short else row
         top = max(float(np.abs(row).max(initial=0.0)), 1.0)
         top = float(f"{top * 1.001:.5g}") if top < 1e6 else float(f"{top * 1.001:.0f}")
         made.append(edfio.EdfSignal(
@@ -53,9 +58,16 @@ def write_edf(path: Path, signals: Sequence[tuple[str, float, np.ndarray]], mark
     texts = [
         edfio.EdfAnnotation(max(0.0, round(m.onset, 4)), round(m.duration, 4), _text(m)) for m in marks
     ]
-    file = edfio.Edf(made, annotations=texts)
+    file = edfio.Edf(made, annotations=texts, data_record_duration=length if made else None)
     with atomic_write(path) as temporary:
         file.write(temporary)
+
+
+def _record(signals: Sequence[tuple[str, float, np.ndarray]]) -> float:
+    """Seconds of a data record: whole samples of every channel, and if it can be, whole records in the recording."""
+    fitting = [s for s in RECORDS if all(abs(r * s - round(r * s)) < 1e-9 for _, r, _ in signals)]
+    whole = [s for s in fitting if all(len(row) % round(r * s) == 0 for _, r, row in signals)]
+    return (whole or fitting or [1.0])[0]
 
 
 def _text(mark: Mark) -> str:
@@ -210,6 +222,9 @@ def _signals(recording: Recording) -> list[tuple[str, float, np.ndarray]]:
         say(f"{recording.id}: has gaps, which a continuous file cannot hold: its EDF+ has annotations alone")
         return []
     duration = source.pieces[0].duration
+    if not any(all(abs(r * s - round(r * s)) < 1e-9 for r in source.rates) for s in RECORDS):
+        say(f"{recording.id}: its sampling rate fits no record of EDF+, which gets annotations alone")
+        return []
     if duration * sum(source.rates) > MOST_SAMPLES:
         say(f"{recording.id}: too long to be copied: its EDF+ has annotations alone")
         return []
