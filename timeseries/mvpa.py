@@ -254,8 +254,12 @@ def attend(scores: Scores, window: int, content: bool = True, dropout: float = 0
     """
     # One draw from the global generator a call: training stays reproducible and resumable
     seed = int(torch.randint(2**62, (1,))) if dropout else 0
-    parts = [s.contiguous() for s in scores]
-    return _Attend.apply(*parts, window, content, dropout, seed)
+    kind = scores.v.dtype
+    # Sums over thousands of keys are no work for half precision
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    parts = [s.to(wide).contiguous() for s in scores]
+    with torch.autocast(scores.v.device.type, enabled=False):
+        return _Attend.apply(*parts, window, content, dropout, seed).to(kind)
 
 
 def dense_weights(scores: Scores, window: int, content: bool = True) -> Tensor:

@@ -55,9 +55,7 @@ def write_edf(path: Path, signals: Sequence[tuple[str, float, np.ndarray]], mark
             row.astype(np.float64), rate, label=name[:16].encode("ascii", "replace").decode(), physical_dimension="uV",
             physical_range=(-top, top),
         ))  # fmt: skip
-    texts = [
-        edfio.EdfAnnotation(max(0.0, round(m.onset, 4)), round(m.duration, 4), _text(m)) for m in marks
-    ]
+    texts = [edfio.EdfAnnotation(max(0.0, round(m.onset, 4)), round(m.duration, 4), _text(m)) for m in marks]
     file = edfio.Edf(made, annotations=texts, data_record_duration=length if made else None)
     with atomic_write(path) as temporary:
         file.write(temporary)
@@ -383,5 +381,3 @@ def _logistic(data: RecordingData) -> dict[str, float]:
     scores = best.predict_proba(xt)
     area = roc_auc_score(yt, scores[:, 1] if scores.shape[1] == 2 else scores, multi_class="ovr")
     return {"accuracy": float(accuracy_score(yt, best.predict(xt))), "auroc": float(area)}
-
-

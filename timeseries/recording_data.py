@@ -211,6 +211,7 @@ class RecordingData(DataModule):
         if any(said):
             return [s or "none" for s in said]
         if self.splits:
+
             def matched(name: str) -> str:
                 for part, patterns in (self.splits or {}).items():
                     if any(fnmatch(name, p) or fnmatch(Path(name).name, p) for p in patterns):

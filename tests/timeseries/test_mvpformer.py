@@ -111,6 +111,18 @@ def test_tracing_and_eager_agree() -> None:
                 assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_half_precision_trains() -> None:
+    for head in ("mean", "named"):
+        model = network(head=head, channels=5).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(windows()).logits
+        logits.float().square().sum().backward()
+        expected = network(head=head, channels=5)(windows()).logits
+        assert torch.allclose(logits.float(), expected, atol=0.1)
+        grads = [p.grad for p in model.mvpformer.h.parameters()]
+        assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads)
+
+
 def test_adapters_begin_without_effect_and_are_merged_once() -> None:
     model = network()
     x = windows()
