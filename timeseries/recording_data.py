@@ -305,7 +305,7 @@ class RecordingData(DataModule):
 
     def windows_of(self, opened: Opened, number: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Rows (recording, piece, first sample, label) and whether each meets another annotation."""
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         size, step = self.window_samples, max(1, round(self.stride * self.rate))
         low, high = self._part_of(opened, split)
         for piece, (start, count) in enumerate(opened.prepared.pieces):
@@ -313,11 +313,11 @@ class RecordingData(DataModule):
             if self.windows == "events" and split != "predict" and self.labelled:
                 rows += self._at_events(opened, number, piece, a, b)
             elif b - a >= size:
-                rows += [(number, piece, s, -1, 0) for s in range(a, b - size + 1, step)]
+                rows += [(number, piece, s, -1, 0, 0) for s in range(a, b - size + 1, step)]
             elif b == count and a == 0 and count > 0:
-                rows.append((number, piece, count - size, -1, 0))
-        table = np.array(rows, np.int64).reshape(-1, 5)
-        stops = np.array([opened.prepared.pieces[p][0] + (s + size) / self.rate for _, p, s, _, _ in rows])
+                rows.append((number, piece, count - size, -1, 0, 0))
+        table = np.array(rows, np.int64).reshape(-1, 6)
+        stops = np.array([opened.prepared.pieces[p][0] + (s + size) / self.rate for _, p, s, *_ in rows])
         if self.windows == "sliding" and split != "predict" and self.labelled:
             table[:, 3] = [self.label_of(opened, s)[0] for s in stops]
         hard = np.zeros(len(rows), bool)
@@ -332,11 +332,17 @@ class RecordingData(DataModule):
             return 0.0, duration + 1
         first = duration * (1 - self.val_fraction - self.test_fraction)
         second = duration * (1 - self.test_fraction)
+        events = join([i for n in range(len(opened.events)) for i in opened.truth(n)], 0.0)
+        if self.windows == "sliding" and len(events) >= 3 and self.val_fraction and self.test_fraction:
+            # Midway between two seizures, so that each part has one
+            later = max(1, round(len(events) * self.test_fraction))
+            middle = max(1, round(len(events) * self.val_fraction))
+            if later + middle < len(events):
+                cuts = [len(events) - later - middle, len(events) - later]
+                first, second = ((events[c - 1][1] + events[c][0]) / 2 for c in cuts)
         return {"train": (0.0, first), "val": (first, second), "test": (second, duration + 1)}[split]
 
-    def _at_events(
-        self, opened: Opened, number: int, piece: int, low: int, high: int
-    ) -> list[tuple[int, int, int, int, int]]:
+    def _at_events(self, opened: Opened, number: int, piece: int, low: int, high: int) -> list[tuple[int, ...]]:
         """Rows of the windows at annotations that lie in the samples [low, high) of a piece."""
         rows = []
         start = opened.prepared.pieces[piece][0]
@@ -352,7 +358,8 @@ class RecordingData(DataModule):
                     # Annotated blocks are often a little shorter than they were meant to be
                     inside = offset + self.window <= mark.duration + 0.05 * self.window
                     if inside and low <= first and first + size <= high:
-                        rows.append((number, piece, first, label, base))
+                        latest = max(first, base + int((mark.duration - self.window) * self.rate))
+                        rows.append((number, piece, first, label, base, latest))
         return sorted(rows, key=lambda r: r[2])
 
     def label_of(self, opened: Opened, stop: float) -> tuple[int, np.ndarray]:
@@ -370,14 +377,15 @@ class RecordingData(DataModule):
                         channels[:] = -1
         return label, channels
 
-    def moved(self, first: int, base: int, count: int, source: torch.Generator) -> int:
+    def moved(self, first: int, base: int, latest: int, count: int, source: torch.Generator) -> int:
         """A training window's start, moved at random inside its piece."""
         if count < self.window_samples:
             return first
         drawn = float(torch.rand((), generator=source))
         if self.windows == "events" and self.train_offsets:
-            low, high = self.train_offsets
-            first = base + round((low + drawn * (high - low)) * self.rate)
+            low, high = (base + round(o * self.rate) for o in self.train_offsets)
+            low = min(low, latest)
+            first = low + round(drawn * (max(low, min(high, latest)) - low))
         elif self.jitter:
             first += round((2 * drawn - 1) * self.jitter * self.rate)
         return min(max(0, first), count - self.window_samples)
@@ -431,6 +439,8 @@ class RecordingData(DataModule):
 
     def _check_labels(self, opened: list[Opened], windows: Windows, split: Split) -> None:
         present = set(windows.rows[:, 3].tolist())
+        if split == "val" and self.windows == "sliding" and present == {0}:
+            self.say("the validation part has no event: choose the best weights by --monitor val/loss --mode min")
         if split == "train" and len(present) < 2:
             texts = Counter(m.text for o in opened for m in o.marks)
             found = ", ".join(f"{t} ({n})" for t, n in texts.most_common(8)) or "none at all"

@@ -114,8 +114,8 @@ class Windows:
     """Windows of recordings as samples.
 
     Attributes:
-        rows: int64 `[n, 5]`: recording, piece, first sample (at the model's rate, below 0 where padded), label, and
-            the first sample of its annotation (windows at events).
+        rows: int64 `[n, 6]`: recording, piece, first sample (at the model's rate, below 0 where padded), label, and
+            for windows at events the first sample of the annotation and the last at which a window may start.
         hard: windows that meet some other annotation `[n]`.
         failed: recordings that cannot be read, as (id, reason); they come after the windows.
     """
@@ -124,7 +124,7 @@ class Windows:
                  failed: list[Unreadable]) -> None:  # fmt: skip
         self.module, self.recordings, self.split, self.failed = module, recordings, split, failed
         parts = [module.windows_of(r, i, split) for i, r in enumerate(recordings)]
-        self.rows = np.concatenate([p[0] for p in parts]) if parts else np.zeros((0, 5), np.int64)
+        self.rows = np.concatenate([p[0] for p in parts]) if parts else np.zeros((0, 6), np.int64)
         self.hard = np.concatenate([p[1] for p in parts]) if parts else np.zeros(0, bool)
 
     def __len__(self) -> int:
@@ -132,7 +132,7 @@ class Windows:
 
     @cached_property
     def ids(self) -> list[str]:
-        names = [f"{self.recordings[r].id}@{self._start(r, p, s):.3f}" for r, p, s, _, _ in self.rows.tolist()]
+        names = [f"{self.recordings[r].id}@{self._start(r, p, s):.3f}" for r, p, s, *_ in self.rows.tolist()]
         return names + [f.id for f in self.failed]
 
     @cached_property
@@ -161,11 +161,11 @@ class Windows:
 
     def _window(self, index: int, source: torch.Generator | None) -> dict[str, Any]:
         module = self.module
-        number, piece, first, label, base = (int(v) for v in self.rows[index])
+        number, piece, first, label, base, latest = (int(v) for v in self.rows[index])
         opened = self.recordings[number]
         prepared = opened.prepared
         if source is not None:
-            first = module.moved(first, base, prepared.pieces[piece][1], source)
+            first = module.moved(first, base, latest, prepared.pieces[piece][1], source)
         size, length = module.window_samples, module.segment_samples
         signal = prepared.read(piece, first, size)
         x = torch.from_numpy(np.ascontiguousarray(signal.reshape(len(signal), -1, length).swapaxes(0, 1)))
