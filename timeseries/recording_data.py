@@ -20,6 +20,7 @@ from polyhead.splits import split_indices
 from timeseries.mvpformer import EnergyEncoder
 from timeseries.recording_windows import Opened, Windows, class_of, simulated, simulated_states
 from timeseries.recordings import ArraySource, Recording, find_recordings, open_recording, unpack
+from timeseries.seizures import join
 from timeseries.signals import Cache, Preparation, Prepared, Reference, Scale, check_preparation
 
 SEIZURE = ["*seizure*", "seiz", "sz", "sz[ _0-9-]*", "ictal*"]
