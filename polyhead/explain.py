@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,9 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
     system.eval()
     data.setup("predict")
     count = failed = 0
-    for batch in itertools.islice(data.loader(data.samples("predict"), "predict"), -(-limit // data.batch_size)):
+    for batch in data.loader(data.samples("predict"), "predict"):
+        if count + failed >= limit:
+            break
         failed += len(batch["errors"])
         if not batch["id"]:
             continue

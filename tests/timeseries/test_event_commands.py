@@ -181,7 +181,8 @@ def test_simulate_continues_histories_and_refuses_what_makes_no_sense(run: Path,
 
 def test_explanations_are_pictures_and_arrays(run: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", 3, 9, split=False)
-    ok(polyhead("explain", "--ckpt_path", run / "bundle", "--data.root", table, "--output", tmp_path, "--limit", 2))
+    ok(polyhead("explain", "--ckpt_path", run / "bundle", "--data.root", table, "--output", tmp_path, "--limit", 2,
+                "--data.batch_size=2", "--data.max_positions=20"))  # fmt: skip
     pictures = sorted((tmp_path / "explain").glob("*.png"))
     assert len(pictures) == 2 and all(p.stat().st_size > 10_000 for p in pictures)
     with np.load(pictures[0].with_suffix(".npz")) as arrays:
