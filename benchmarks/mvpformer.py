@@ -147,6 +147,8 @@ def picture(rows: list[dict[str, Any]], path: Any) -> None:
         axis.loglog(xs, ys, "o-", label="measured")
         for slope, style in ((1, ":"), (2, "--")):
             axis.loglog(xs, [ys[-1] * (x / xs[-1]) ** slope for x in xs], style, color="grey", label=f"slope {slope}")
+        axis.set_xticks(xs, [str(x) for x in xs])
+        axis.minorticks_off()
         axis.set_xlabel(f"{vary} ({fixed} = {value})")
         axis.set_ylabel("CPU ms")
         axis.legend(fontsize="small")
