@@ -7,6 +7,7 @@ __getattr__ = lazy(
     {
         "EventModel": "timeseries.event_tasks",
         "EventData": "timeseries.event_data",
+        "ExponentialHawkes": "timeseries.hawkes",
         "SeizureDetector": "timeseries.recording_tasks",
         "SignalModel": "timeseries.pretraining",
         "RecordingData": "timeseries.recording_data",
