@@ -30,6 +30,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "vision/shvit": {"backbone_options": {"embed_dim": [64, 96, 128], "partial_dim": [16, 24, 32], "depth": [1, 1, 1]}},
     "vision/tic": {"backbone_options": {"depths": [1, 1, 1, 1]}},
     "vision/spectformer": {"backbone_options": {"depths": [1, 1, 1, 1]}},
+    "vision/transfer": {"network_options": {"width": 32, "depth": 1}},
+    "vision/transfer_scratch": {"network_options": {"units": [1, 1, 1], "width": 32, "depth": 2}},
 }
 # The same of its data
 SMALL_DATA: dict[str, dict[str, Any]] = {
@@ -247,8 +249,11 @@ BUILDERS: dict[str, Callable[[str], torch.nn.Module]] = {}
 def vision_network(name: str) -> torch.nn.Module:
     from polyhead.encoders import without_weights
     from vision.backbones import create_backbone
+    from vision.transfer import VARIANTS, create_transfer
 
     with without_weights():
+        if name in VARIANTS:
+            return create_transfer(name)
         return create_backbone(name, num_classes=1000)
 
 
