@@ -28,6 +28,8 @@ LOOKS, LOOK_SECONDS = 10, 8.0
 FAINT, LOUD = 0.1, 5000.0
 # A channel that sits at its largest or smallest value for this share of its samples is clipped
 CLIPPED = 0.02
+# With fewer channels their middle is one of them, and what is left says nothing
+FEWEST = 3
 Reference = Literal["none", "average", "median", "bipolar"]
 Scale = Literal["microvolt", "mad"]
 
@@ -218,6 +220,11 @@ class Prepared:
 
     def _montage(self) -> np.ndarray | None:
         """For the bipolar montage, the pairs; the names change with them."""
+        live = len(self.picks) - len(self._gone)
+        if self.how.reference in ("average", "median") and live < FEWEST:
+            self.notes.append(
+                f"{live} channel{'s are' if live > 1 else ' is'} too few for a common reference: left as is"
+            )
         if self.how.reference != "bipolar":
             return None
         pairs = bipolar_pairs(self.names)
@@ -287,8 +294,10 @@ class Prepared:
         if how.reference in ("average", "median"):
             data[list(self._gone)] = 0
             live = [i for i in range(len(data)) if i not in self._gone]
+            live = live if len(live) >= FEWEST else []
             middle = np.median if how.reference == "median" else np.mean
-            data[live] -= middle(data[live], axis=0)
+            if live:
+                data[live] -= middle(data[live], axis=0)
         if self._mix is not None:
             data = data[self._mix[:, 0]] - data[self._mix[:, 1]]
         if how.channels is not None and how.reference != "bipolar":

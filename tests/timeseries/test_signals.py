@@ -71,6 +71,13 @@ def test_references() -> None:
     assert bipolar_pairs(["LA2", "LA1", "B1", "LA10", "REF"]) == [(1, 0)]
 
 
+def test_one_or_two_channels_are_not_their_own_reference() -> None:
+    for count in (1, 2):
+        out = Prepared(recording(noise(count)), Preparation(rate=100, reference="median", scale="microvolt"))
+        assert np.allclose(out.read(0, 0, 500), noise(count)[:, :500], atol=1e-3)
+        assert any("too few for a common reference" in n for n in out.notes)
+
+
 def test_the_deviation_scale_makes_units_irrelevant() -> None:
     how = Preparation(rate=100, reference="none", scale="mad")
     one, other = (Prepared(recording(noise() * k), how) for k in (1.0, 1e-6))
