@@ -169,7 +169,7 @@ def test_the_likelihood_is_that_of_the_exponential_hawkes_process() -> None:
         fitted = ExponentialHawkes(2)
         fitted.mu_, fitted.alpha_, fitted.decay_ = MU, ALPHA, BETA
         scores = fitted.score([span])
-        assert float(scores.compensator.sum() - scores.log_type.sum()) == pytest.approx(float(got), rel=1e-10)
+        assert float(scores.compensator.sum() - scores.log_type.sum()) == pytest.approx(got.item(), rel=1e-10)
 
 
 def test_the_quadrature_agrees_with_a_fine_one_and_monte_carlo_with_both() -> None:
