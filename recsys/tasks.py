@@ -190,7 +190,8 @@ class NextItem(System):
         """What popularity, transition counts and item neighbours reach on the targets of `stage`."""
         items = len(self.catalogue)
         questions = data.samples(stage)
-        train = data.whole_train
+        # They see what the protocol shows a model
+        train = data.train if data.seen == "window" else data.whole_train
         scorers = {
             "popularity": ranking.popularity(train, items),
             "markov": ranking.markov(transitions(train, items), train, items),
