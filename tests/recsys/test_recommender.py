@@ -170,3 +170,15 @@ def test_mistakes_are_one_line(run: Path, log: Path, tmp_path: Path) -> None:
         done = polyhead(*words)
         assert done.status == 2 and message in done.err and "Traceback" not in done.err, done.err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_published_checkpoint_becomes_a_bundle(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "fixtures/mqsa_ted"
+    case = json.loads((folder / "fixture.json").read_text())["cases"][0]
+    names = tmp_path / "names.txt"
+    count = json.loads((folder / f"{case}.json").read_text())["num_item"]
+    names.write_text("\n".join(f"film {n}" for n in range(count)))
+    done = polyhead("convert", folder / f"{case}.weights.safetensors", "--output", tmp_path / "b", "--classes", names)
+    assert done.status == 0, done.err
+    rows = package.load(str(tmp_path / "b")).predict([["film 3", "film 5"], ["nothing"]])
+    assert {r["item"] for r in rows} <= {f"film {n}" for n in range(count)} and rows[-1]["fallback"]
