@@ -19,6 +19,8 @@ from polyhead.system import Signature, System
 from timeseries.mvpformer import Anchor, Encoder, MVPFormer, band_sizes, create_mvpformer
 from timeseries.seizures import Post, Track, alarmed, choose_threshold, kappa, total
 
+# Share of a window's channels that learn its label where an annotation does not name channels
+WEAK = 0.25
 SCORES = ("sensitivity", "false_alarms_per_hour", "latency_seconds", "kappa", "episode_f1", "seizures", "found",
           "false_alarms", "hours")  # fmt: skip
 
@@ -263,14 +265,19 @@ class SeizureDetector(Classifier):
         logits, channels = self.network.classify(embeddings)
         if self.network.kind != "channel" or "channel_label" not in batch:
             return {"loss": F.cross_entropy(logits, batch["label"])}
-        # Where annotations name channels, each learns for itself; else the window's logits learn
+        # Where annotations name channels, each learns for itself; else the most suspicious ones stand for the rest
         known = (batch["channel_label"] >= 0).all(1)
         parts = []
         if known.any():
             parts.append((F.cross_entropy(channels[known].flatten(0, 1), batch["channel_label"][known].flatten()),
                           int(known.sum())))  # fmt: skip
         if not known.all():
-            parts.append((F.cross_entropy(logits[~known], batch["label"][~known]), int((~known).sum())))
+            own = channels[~known]
+            count = min(own.shape[1], max(self.network.rank, round(WEAK * own.shape[1])))
+            top = (own[..., -1] - own[..., 0]).topk(count, dim=1).indices
+            chosen = own.gather(1, top[..., None].expand(-1, -1, own.shape[-1])).flatten(0, 1)
+            target = batch["label"][~known].repeat_interleave(count)
+            parts.append((F.cross_entropy(chosen, target), len(own)))
         return {"loss": torch.stack([loss * count for loss, count in parts]).sum() / len(logits)}
 
     def _augmented(self, batch: dict[str, Any]) -> Tensor:
