@@ -13,7 +13,7 @@ from apps.messages import Options
 from polyhead.errors import UserError
 
 # Tables of variants: domain -> dotted name of a function that gives name -> facts
-TABLES = {"vision": "vision.variants:list_variants", "medical": "medical.medusa:list_variants",
+TABLES = {"vision": "vision.variants:list_variants", "medical": "medical.variants:list_variants",
           "timeseries": "timeseries.variants:list_variants"}  # fmt: skip
 
 

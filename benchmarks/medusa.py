@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
-from medical.medusa import MEDUSA, PRESETS, preset
+from medical.medusa import MEDUSA, preset
+from medical.variants import PRESETS
 from polyhead.folding import fold_batch_norms
 
 

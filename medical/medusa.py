@@ -18,19 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medical.variants import PRESETS
 from polyhead.encoders import check_name, create_encoder
 from polyhead.errors import UserError, nearest
 
 Attention = Literal["full", "isolated", "global", "none"]
 Gate = Literal["mul", "residual"]
 
-# Sizes in pixels; `medusa_cxr3` has the size and the inputs of the published release, not its layers
-PRESETS: dict[str, dict[str, Any]] = {
-    "medusa_cxr3": {"backbone": "resnet50", "image_size": 480, "global_size": 256, "base": 27},
-    "medusa_r50": {"backbone": "resnet50", "image_size": 224, "global_size": 128, "base": 24},
-    "medusa_r18": {"backbone": "resnet18", "image_size": 224, "global_size": 256, "base": 24},
-}
-PARAMETERS = {"medusa_cxr3": 29_262_320, "medusa_r50": 28_089_911, "medusa_r18": 15_663_159}
 SMALLEST = 32
 
 
@@ -335,11 +329,3 @@ def preset(name: str) -> dict[str, Any]:
         near = nearest(name, PRESETS) or list(PRESETS)
         raise UserError(f"unknown MEDUSA variant {name!r}", [f"there are {', '.join(near)}"])
     return dict(PRESETS[name])
-
-
-def list_variants() -> dict[str, dict[str, Any]]:
-    """name -> family, parameters (two classes) and image_size."""
-    return {
-        name: {"family": "MEDUSA", "parameters": PARAMETERS[name], "image_size": facts["image_size"]}
-        for name, facts in PRESETS.items()
-    }

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medical.medusa import MEDUSA, PARAMETERS, PRESETS, Body, area_matrix, global_view, list_variants, preset, resize
+from medical.medusa import MEDUSA, Body, area_matrix, global_view, preset, resize
+from medical.variants import PARAMETERS, PRESETS, list_variants
 from polyhead.errors import UserError
 from polyhead.folding import fold_batch_norms
 
