@@ -318,6 +318,10 @@ class PolyheadCLI(LightningCLI):
         facts = saved.model.get("init_args", {}).get("facts") or {}
         arguments = {k: v for k, v in saved.data["init_args"].items() if k not in facts}
         saved.data = {**saved.data, "init_args": arguments}
+        # What validation settled is about the old classes too
+        settled = ("scale", "offsets", "threshold")
+        own = {k: v for k, v in saved.model.get("init_args", {}).items() if k not in settled}
+        saved.model = {**saved.model, "init_args": own}
         return saved
 
     @staticmethod

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from medical.bags import BAG_COLUMNS, Bag, Instances, apply_labels, find_bags, folds, pick_column, read_table
+from medical.bags import (
+    BAG_COLUMNS,
+    Bag,
+    Instances,
+    apply_labels,
+    apply_splits,
+    find_bags,
+    folds,
+    pick_column,
+    read_table,
+)
 from medical.image_bags import image_folders
 from medical.tiles import TileEncoder
 from polyhead.data import DataModule, Samples, Split, Unreadable, collate, generator
@@ -113,6 +123,7 @@ class BagData(DataModule):
             embedded sample of bags with planted key instances.
         name: which archive or table of a folder with several.
         labels: a table with a row a bag: its name, label, patient, split.
+        splits: a split file of CLAM, whose columns train, val and test list bags.
         encoder: for images: `encoder:efficientnet_lite0` or a timm name; None reads features.
         instances: for images: `tiles` cuts each image, `images` takes a folder of images as a bag; `auto` does the
             latter when the table of labels names folders.
@@ -138,6 +149,7 @@ class BagData(DataModule):
         root: str | None = None,
         name: str | None = None,
         labels: str | None = None,
+        splits: str | None = None,
         encoder: str | None = None,
         instances: Literal["auto", "tiles", "images"] = "auto",
         tile: int = 80,
@@ -165,9 +177,10 @@ class BagData(DataModule):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, on_error)
-        for given in (root, labels, boxes):
+        for given in (root, labels, splits, boxes):
             if given is not None:
                 existing(given)
+        self.splits = splits
         self.name, self.labels, self.encoder_name, self.tile = name, labels, encoder, tile
         self.boxes, self.box_kind, self.instances = boxes, box_kind, instances
         self.max_instances, self.noise, self.standardise = max_instances, noise, standardise
@@ -200,12 +213,14 @@ class BagData(DataModule):
         beside = {p.stem: p for p in sorted(Path(self.root).glob("*.csv"))}
         return next((beside[n] for n in ("labels", "bags", "split") if n in beside), None)
 
-    def _folder_bags(self) -> list[Bag] | None:
+    def _folder_bags(self, everything: bool) -> list[Bag] | None:
         """Bags of instance images: of every folder that the table of labels names, or of every folder."""
         table = self._table()
         if self.instances == "tiles" or (self.instances == "auto" and table is None):
             return None
         names = None
+        if everything and self.instances == "images":
+            table = None
         if table is not None:
             rows = read_table(table)
             column = pick_column(rows, self.columns["bag"], BAG_COLUMNS, "bag", self.instances == "images", table)
@@ -244,6 +259,10 @@ class BagData(DataModule):
         table = read_table(path)
         kind = next((c for c in ("cell", "kind") if c in table.column_names), None)
         found: dict[str, list[list[float]]] = {}
+        needed = ("bag", "xmin", "ymin", "xmax", "ymax")
+        absent = [c for c in needed if c not in table.column_names]
+        if absent:
+            raise UserError(f"{path.name} has no column {absent[0]!r}: boxes need {', '.join(needed)} (--data.boxes)")
         for row in table.to_pylist():
             if self.box_kind is None or kind is None or row[kind] == self.box_kind:
                 found.setdefault(str(row["bag"]), []).append([row[k] for k in ("xmin", "ymin", "xmax", "ymax")])
@@ -256,12 +275,15 @@ class BagData(DataModule):
         if self.root is None:
             bags = planted_bags()
         elif self.encoder_name is not None:
-            bags = self._folder_bags() or self._image_bags(everything)
+            bags = self._folder_bags(everything) or self._image_bags(everything)
         else:
             bags = find_bags(self.root, self.columns)
             table = self._table()
-            if table is not None:
+            # A table of labels says nothing of bags that are to be predicted
+            if table is not None and not everything:
                 bags = apply_labels(bags, table, self.columns)
+        if self.splits is not None and not everything:
+            bags = apply_splits(bags, Path(self.splits))
         if not everything:
             self._bags = bags
         return bags
@@ -292,8 +314,17 @@ class BagData(DataModule):
         table = read_table(Path(str(self.labels or self.root)))
         if self.fold_column not in table.column_names:
             raise UserError(f"{self.labels or self.root} has no column {self.fold_column!r} (--data.fold_column)")
-        bag = next(c for c in (self.columns["bag"], "bag", "slide_id") if c and c in table.column_names)
-        said = {str(r[bag]): int(r[self.fold_column]) for r in table.select([bag, self.fold_column]).to_pylist()}
+        where = Path(str(self.labels or self.root))
+        bag = pick_column(table, self.columns["bag"], BAG_COLUMNS, "bag", True, where)
+        rows = table.select([bag, self.fold_column]).to_pylist()
+        try:
+            said = {str(r[bag]): int(r[self.fold_column]) for r in rows}
+        except (TypeError, ValueError):
+            text = f"{where.name}: column {self.fold_column!r} must hold a whole number in every row"
+            raise UserError(text) from None
+        missing = [b.id for b in bags if b.id not in said]
+        if missing:
+            raise UserError(f"{where.name} names no fold for bag {missing[0]} (and {len(missing) - 1} more)")
         count = max(said.values()) + 1
         if not 0 <= self.fold < count:
             raise UserError(f"data.fold is {self.fold}: the table has folds 0 to {count - 1}")

@@ -20,14 +20,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from polyhead.errors import BadSample, UserError, nearest, reason
 from polyhead.safe import read_tensor
-from polyhead.sources import existing
+from polyhead.sources import SPLIT_NAMES, existing
 
 FEATURE_KEYS = ("features", "feat", "feats", "patch_embeddings")
 BAG_COLUMNS = ("bag", "slide_id", "slide", "bag_id", "sequence")
 LABEL_COLUMNS = ("label", "class", "target")
 GROUP_COLUMNS = ("patient", "case_id", "patient_id", "group")
 SPLIT_COLUMNS = ("split", "set")
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -224,6 +223,8 @@ def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
             raise UserError(f"{path.name}: the rows of bag {name} have different labels")
         got = checked(values[rows], None, {}, name)
         first = {role: _text(next(iter(v))) for role, v in own.items()}
+        if first["split"] is not None:
+            first["split"] = split_name(first["split"], path)
         bags.append(Bag(name, lambda got=got: got, **first))  # type: ignore[misc, arg-type]
     return bags
 
@@ -262,7 +263,31 @@ def apply_labels(bags: list[Bag], path: Path, columns: dict[str, str | None]) ->
         for role in ("label", "group", "split"):
             column = names[role]
             if column is not None and row[column] is not None:
-                setattr(bag, role, str(row[column]))
+                said = str(row[column])
+                setattr(bag, role, split_name(said, path) if role == "split" else said)
+    return known
+
+
+def split_name(said: str, path: Path) -> str:
+    """`train`, `val` or `test` for a name in use. Raises UserError for another."""
+    name = SPLIT_NAMES.get(said.strip().lower())
+    if name is None:
+        raise UserError(f"{path.name} names a part {said!r}: train, val and test are known (--data.split_column)")
+    return name
+
+
+def apply_splits(bags: list[Bag], path: Path) -> list[Bag]:
+    """The parts that a split file of CLAM names: columns train, val and test that list bags. Others are left out."""
+    table = read_table(path)
+    columns = [c for c in ("train", "val", "test") if c in table.column_names]
+    if not columns:
+        raise UserError(f"{path.name} has no columns train, val and test that list bags (--data.splits)")
+    part = {str(v): c for c in columns for v in table[c].to_pylist() if v not in (None, "")}
+    known = [b for b in bags if b.id in part]
+    if not known:
+        raise UserError(f"{path.name} lists none of the {len(bags)} bags", [f"a bag is called {bags[0].id}"])
+    for bag in known:
+        bag.split = part[bag.id]
     return known
 
 

@@ -49,8 +49,9 @@ class Output(NamedTuple):
 def _overlaps(n: int, m: int) -> Tensor:
     """Area pooling of n pixels to m < n as a matrix `[m, n]`, with overlaps counted in whole numbers."""
     rows = [[max(0, min((s + 1) * m, (i + 1) * n) - max(s * m, i * n)) for s in range(n)] for i in range(m)]
-    # Built outside any export, so that no later call meets a traced tensor
-    return torch.tensor(rows, dtype=torch.float64).div(n).float()
+    # Kept for every later call, in training too
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float64).div(n).float()
 
 
 def area_matrix(n: int, m: int) -> Tensor:

@@ -106,6 +106,8 @@ class RadiographClassifier(Freezing, Classifier):
             raise UserError(f"model.positive is {positive!r}, which is none of: {', '.join(self.classes)}")
         if positive is None and (sensitivity is not None or threshold is not None):
             raise UserError("model.sensitivity and model.threshold are about a class: name it by model.positive")
+        if positive is not None and sensitivity is None and threshold is None:
+            raise UserError("model.positive needs model.sensitivity (or a model.threshold) to raise an alert")
         self.network = MEDUSA(
             len(self.classes), backbone, pretrained, image_size, base, global_channels, head_width, attention,
             attention_stages, channel_attention, gate, dropout, backbone_options,
@@ -142,6 +144,10 @@ class RadiographClassifier(Freezing, Classifier):
         return x.contiguous(memory_format=torch.channels_last), global_view(whole, self.global_size)
 
     def _run(self, image: Tensor) -> Output:
+        side = max(self.image_size, self.global_size)
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and image.shape[-1] != side:
+            raise UserError(f"the images are {image.shape[-1]} pixels wide, the model takes {side}: "
+                            f"set --data.image_size {side} or the model's sizes")  # fmt: skip
         return self.network(*self.views(image))
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -247,8 +253,9 @@ class RadiographClassifier(Freezing, Classifier):
         for name, (hit, of) in found.items():
             if of.any():
                 named[f"alert.{name}"] = float(hit[of].mean())
-                drawn = (weight[:, of] @ hit[of]) / np.maximum(weight[:, of].sum(1), 1)
-                low, high = np.percentile(drawn, [2.5, 97.5])
+                total = weight[:, of].sum(1)
+                drawn = np.where(total > 0, (weight[:, of] @ hit[of]) / np.maximum(total, 1), np.nan)
+                low, high = np.nanpercentile(drawn, [2.5, 97.5])
                 named |= {f"alert.{name}.low": float(low), f"alert.{name}.high": float(high)}
         return named
 
@@ -263,7 +270,8 @@ class RadiographClassifier(Freezing, Classifier):
             logits = self.network.forward_head(features)
             (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), features)
         cam = (features * gradient.mean((-2, -1), keepdim=True)).sum(1).relu().detach()
-        probabilities = calibrated(logits.detach().softmax(-1), self.scale, self.offsets).cpu()
+        with torch.no_grad():
+            probabilities = self.outputs(image=batch["image"])["probabilities"].cpu()
         described = []
         for i, p in enumerate(probabilities):
             maps = {} if q is None else {"global map": q[i].detach().sigmoid().mean(0)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -294,7 +295,7 @@ def covidx_lists(root: Path, name: str | None) -> list[Entry] | None:
                 f"{root} holds several lists of the {split} part: choose by --data.name, such as {path.stem}"
             )
         seen.add(split)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if not line.strip():
                 continue
             parts = line.rsplit(None, 3)
@@ -310,8 +311,25 @@ def covidx_lists(root: Path, name: str | None) -> list[Entry] | None:
 
 
 def _looks_like_covidx(path: Path) -> bool:
-    first = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()), "")
-    return len(first.split()) >= 4
+    """Whether one of the first lines names a file of a picture in its place."""
+    lines = [line.rsplit(None, 3) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[:20]]
+    return any(len(parts) == 4 and Path(parts[1]).suffix.lower() in IMAGE_SUFFIXES for parts in lines)
+
+
+def _patient(entry: Entry) -> str | None:
+    """PatientID of a DICOM file, None for other files and where there is none."""
+    from pydicom import dcmread
+
+    name = entry.location.member or entry.location.path
+    if entry.location.problem or Path(name).suffix.lower() in IMAGE_SUFFIXES or name.lower().endswith(NIFTI):
+        return None
+    try:
+        with as_file(entry.location) as path, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
+    except Exception:  # what is wrong with it is said when it is read
+        return None
+    return str(header.get("PatientID", "") or "").strip() or None
 
 
 class RadiographData(PictureData):
@@ -319,7 +337,8 @@ class RadiographData(PictureData):
 
     Samples are `image` uint8 `[3, S, S]`, grey in three channels; both views of the network are made from it,
     so they are always augmented together. Prediction adds `patient`, `study` and `instance` where a DICOM file
-    names them. Without a root: `drawn_radiographs`. Parts are cut by patient where `group_column` names one.
+    names them. Without a root: `drawn_radiographs`. Parts are cut by patient: of `group_column`, or of a DICOM
+    file's own PatientID.
 
     Args:
         root, name, classes, val_fraction, test_fraction, path_column, label_column, split_column, group_column,
@@ -410,6 +429,14 @@ class RadiographData(PictureData):
             self.classes = list(published)
         return parts
 
+    def entries(self) -> list[Entry]:
+        """Pictures for training and evaluation; a DICOM file's patient is its group where no column names one."""
+        first = self._entries is None
+        entries = super().entries()
+        if first and self.root is not None and self.columns["group_column"] is None:
+            self._entries = [e if e.group else e._replace(group=_patient(e)) for e in entries]
+        return self._entries or entries
+
     def fetch(self, entries: Sequence[Entry], target: int) -> Callable[[int], Image.Image]:
         return RadiographFiles([e.location for e in entries], self.slice_at, self.max_pixels)
 
@@ -422,7 +449,7 @@ class RadiographData(PictureData):
 
     def raw_dataset(self, items: Sequence[Any]) -> Samples:
         """Paths (DICOM and NIfTI too), bytes, Pillow images, arrays and tensors, as in prediction."""
-        if all(isinstance(item, (str, Path)) for item in items):
+        if not self.anonymise and all(isinstance(item, (str, Path)) for item in items):
             names = [os.fspath(item) for item in items]
             files = RadiographFiles(
                 [Location(str(Path(n).expanduser())) for n in names], self.slice_at, self.max_pixels

@@ -255,9 +255,10 @@ def save_bundle(
     Raises:
         UserError: the folder cannot be written.
     """
-    # Where the training data lay, and which set there it was, is not where other data lie
+    # Where the training data and their tables lay, and which set there it was, is not where other data lie
     arguments = data.get("init_args", {})
-    data = {**data, "init_args": {**arguments, **{k: None for k in ("root", "name") if k in arguments}, "root": None}}
+    local = {k: None for k in ("root", "name", "labels", "splits", "boxes", "landmarks") if k in arguments}
+    data = {**data, "init_args": {**arguments, **local, "root": None}}
     small = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

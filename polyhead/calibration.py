@@ -14,7 +14,7 @@ def calibrated(probabilities: Tensor, scale: float, offsets: list[float]) -> Ten
 
 
 def fit_calibration(
-    probabilities: np.ndarray, label: np.ndarray, balanced: bool = True, penalty: float = 0.01
+    probabilities: np.ndarray, label: np.ndarray, balanced: bool = True, penalty: float = 3.0
 ) -> tuple[float, list[float]]:
     """The scale and offsets of least cross-entropy (bias-corrected temperature scaling, Alexandari et al. 2020).
 
@@ -23,8 +23,8 @@ def fit_calibration(
         label: `[N]`.
         balanced: every class counts equally, however many samples it has: the most probable class is then
             the right choice where all classes matter alike.
-        penalty: on squared offsets and on the squared logarithm of the scale, so that a small validation
-            part cannot ask for much.
+        penalty: over the number of samples, on squared offsets and on the squared logarithm of the scale, so
+            that a small validation part cannot ask for much.
 
     Returns:
         The scale, and offsets `[K]` of mean 0. 1 and zeros where a class has no sample.
@@ -45,7 +45,7 @@ def fit_calibration(
         optimizer.zero_grad()
         scores = (log_scale.exp() * logs + offsets).log_softmax(-1)
         missed = -(weight * scores.gather(1, target[:, None])[:, 0]).sum()
-        value = missed + penalty * (offsets.square().sum() + log_scale.square())
+        value = missed + penalty / len(label) * (offsets.square().sum() + log_scale.square())
         value.backward()
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +17,10 @@ from polyhead.errors import BadSample, UserError
 
 Split = Literal["train", "val", "test", "predict"]
 STAGE_SPLIT: dict[str, Split] = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+
+
+# What lies between the epoch numbers of a sample's first and second draw in one epoch
+REPEAT = 1_000_003
 
 
 def _epochs_done(trainer: Any) -> int:
@@ -73,19 +78,27 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def _own(self) -> list[list[int]]:
+    def _all(self) -> list[list[int]]:
+        """The batches of all processes."""
         batches = self.module.batches(self.samples, self.split, self.epoch)
         if self.split == "train" and self.world > 1:
             batches = batches[: len(batches) // self.world * self.world]
-        return batches[self.rank :: self.world]
+        return batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        for batch in self._own():
-            yield [(epoch, int(index)) for index in batch]
+        seen: Counter[int] = Counter()
+        for number, batch in enumerate(self._all()):
+            keys = []
+            for index in map(int, batch):
+                # A sample that comes again in an epoch is another draw of its augmentation
+                keys.append((epoch + REPEAT * seen[index], index))
+                seen[index] += 1
+            if number % self.world == self.rank:
+                yield keys
 
     def __len__(self) -> int:
-        return len(self._own())
+        return len(self._all()[self.rank :: self.world])
 
 
 class _Reader(torch.utils.data.Dataset):

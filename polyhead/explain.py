@@ -40,6 +40,7 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are a person's, and may hold a $
     from matplotlib import pyplot
 
     describe = getattr(system, "explain", None)
@@ -55,8 +56,16 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
         if not batch["id"]:
             continue
         room = limit - count
-        batch = first(move(batch, system.device), room)
-        for name, (figure, arrays) in zip(batch["id"], describe(batch), strict=True):
+        about = batch.get("about", {})
+        if "sample" in about and len(about["sample"]) != len(batch["id"]):
+            # Several rows of a sample, each a picture of its own
+            rows = zip(about["sample"], about["part"], strict=True)
+            names = [f"{batch['id'][sample]}__{part}" for sample, part in rows]
+            described = list(zip(names, describe(move(batch, system.device)), strict=True))[:room]
+        else:
+            batch = first(move(batch, system.device), room)
+            described = list(zip(batch["id"], describe(batch), strict=True))
+        for name, (figure, arrays) in described:
             with atomic_write(folder / f"{safe_name(name)}.png") as path:
                 figure.savefig(path, dpi=100, bbox_inches="tight")
             with atomic_write(folder / f"{safe_name(name)}.npz") as path:

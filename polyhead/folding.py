@@ -40,13 +40,27 @@ def fold_batch_norms(network: nn.Module, run: Callable[[nn.Module], Any]) -> nn.
     for handle in handles:
         handle.remove()
     names = {module: name for name, module in twin.named_modules()}
+    shared = [convolution for convolution, _ in pairs]
     for convolution, norm in pairs:
+        if shared.count(convolution) > 1:
+            continue
         if runs[convolution] == 1 and runs[norm] == 1 and isinstance(norm, nn.BatchNorm2d):
             _fold(convolution, norm)
             parent, _, child = names[norm].rpartition(".")
             rest = [getattr(norm, n) for n in ("drop", "act") if hasattr(norm, n)]
             setattr(twin.get_submodule(parent), child, nn.Sequential(*rest) if rest else nn.Identity())
+    # What a convolution gave may have been used elsewhere too
+    pairs_of = zip(_tensors(run(network)), _tensors(run(twin)), strict=True)
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max() + 1e-6)) for a, b in pairs_of):
+        return copy.deepcopy(network).eval()
     return twin
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [t for v in values for t in _tensors(v)]
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

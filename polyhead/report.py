@@ -22,6 +22,7 @@ from polyhead.files import write_text
 from polyhead.system import System
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names are a person's, and may hold a $
 
 
 def picture(figure: Any) -> str:

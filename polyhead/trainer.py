@@ -140,7 +140,8 @@ class PolyheadTrainer(Trainer):
         best = self._best()
         if best is None and self.checkpoint_callbacks:
             # Ended before the first validation: the last weights are the best there are
-            self.save_checkpoint(self.folder / "checkpoints" / "best.ckpt")
+            best = self.folder / "checkpoints" / "best.ckpt"
+            self.save_checkpoint(best)
         if best is not None:
             model.load_state_dict(read_checkpoint(best)["state_dict"])
         super().validate(model, datamodule=datamodule, verbose=False)

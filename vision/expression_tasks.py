@@ -129,6 +129,10 @@ class ExpressionClassifier(Freezing, Classifier):
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 `[B, 3, S, S]` to the network's input, channels last."""
+        side = self.image_size
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and image.shape[-1] != side:
+            raise UserError(f"the images are {image.shape[-1]} pixels wide, the model takes {side}: "
+                            f"set --data.image_size {side} or --model.image_size")  # fmt: skip
         x = (image.to(self.mean.dtype) / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last)
 

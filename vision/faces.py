@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +71,9 @@ def read_landmarks(path: str) -> dict[str, np.ndarray]:
         UserError: no such columns, or a row without numbers.
     """
     found: dict[str, np.ndarray] = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file of landmarks (--data.landmarks)")
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = csv.DictReader(file)
         columns = rows.fieldnames or []
         name = next((c for c in ("file", "path", "image", "id") if c in columns), None)
@@ -83,6 +87,8 @@ def read_landmarks(path: str) -> dict[str, np.ndarray]:
                 points = np.array([[float(row[f"x{i}"]), float(row[f"y{i}"])] for i in range(count)])
             except (TypeError, ValueError):
                 raise UserError(f"{path}: the points of {row[name]} are not all numbers") from None
+            if not np.isfinite(points).all() or np.ptp(points, axis=0).max() < 1:
+                raise UserError(f"{path}: the points of {row[name]} are not finite or lie on one another")
             eyes = points[:2][np.argsort(points[:2, 0])]
             found[str(row[name])] = points if count == 5 else eyes
     return found
@@ -98,6 +104,7 @@ class AlignedFiles:
         side: of the aligned face in pixels.
         landmarks: points by name, or None to look for faces.
         yunet: model file of the detector, or None for the bundled cascades.
+        strict: a picture without points is a bad sample, as in prediction.
     """
 
     files: Files
@@ -105,6 +112,7 @@ class AlignedFiles:
     side: int
     landmarks: dict[str, np.ndarray] | None
     yunet: str | None
+    strict: bool = False
     unaligned: set[str] = field(default_factory=set)
 
     def __call__(self, index: int) -> Image.Image:
@@ -112,16 +120,26 @@ class AlignedFiles:
         picture = np.asarray(image)
         name = self.names[index]
         if self.landmarks is not None:
-            points = next((self.landmarks[k] for k in (name, Path(name).name, Path(name).stem)
-                           if k in self.landmarks), None)  # fmt: skip
+            points = next((self.landmarks[k] for k in self._keys(name) if k in self.landmarks), None)
             if points is not None:
                 return Image.fromarray(align(picture, points, self.side))
+            if self.strict:
+                raise BadSample("its points are not among the landmarks")
         else:
             faces = detector(self.yunet)(picture)
             if faces:
                 return Image.fromarray(cut(picture, faces[0], self.side))
         self.unaligned.add(name)
         return image
+
+    @cached_property
+    def _bare(self) -> Counter[str]:
+        return Counter(Path(n).name for n in self.names)
+
+    def _keys(self, name: str) -> list[str]:
+        """What landmarks may call a picture: its path, and its bare name where no other has it."""
+        bare = Path(name).name
+        return [name, bare, Path(name).stem] if self._bare[bare] == 1 else [name]
 
 
 def cut(picture: np.ndarray, face: Face, side: int) -> np.ndarray:
@@ -152,7 +170,8 @@ class FacesInPhotos(Samples):
         faces = detector(self.yunet)(picture)
         if not faces:
             raise BadSample("no face was found in it")
-        found = [to_tensor(self.square(Image.fromarray(cut(picture, f, self.square.size)))) for f in faces]
+        side = round(FINER * self.square.size)
+        found = [to_tensor(self.square(Image.fromarray(cut(picture, f, side)))) for f in faces]
         about = {
             "box": [[round(float(v), 1) for v in f.box] for f in faces],
             "detector_score": [float(f.score) for f in faces],
@@ -224,8 +243,8 @@ class FaceData(PictureData):
             split_column=split_column, group_column=group_column, cache=cache, cache_limit_mb=cache_limit_mb,
             max_pixels=max_pixels, batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
         )  # fmt: skip
-        if (align == "landmarks") != (landmarks is not None):
-            raise UserError("data.align landmarks and data.landmarks FILE go together: give both or neither")
+        if landmarks is not None and align != "landmarks":
+            raise UserError("data.landmarks goes with data.align landmarks: give both")
         if yunet is not None and align != "detect":
             raise UserError("data.yunet is the detector of data.align detect: give that too")
         self.align, self.yunet, self.votes = align, yunet, votes
@@ -254,9 +273,12 @@ class FaceData(PictureData):
     def fetch(self, entries: Sequence[Entry], target: int) -> Callable[[int], Image.Image]:
         if self.align == "none":
             return super().fetch(entries, target)
+        if self.align == "landmarks" and self.landmarks is None:
+            raise UserError("data.align landmarks needs the points of these pictures: give --data.landmarks FILE")
         files = Files([e.location for e in entries], None, self.max_pixels)
         side = round(FINER * self.image_size)
-        aligned = AlignedFiles(files, [e.id for e in entries], side, self.landmarks, self.yunet)
+        strict = bool(self._everything) and entries is self._everything
+        aligned = AlignedFiles(files, [e.id for e in entries], side, self.landmarks, self.yunet, strict)
         self._aligned.append(aligned)
         return aligned
 

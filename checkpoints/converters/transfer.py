@@ -141,8 +141,11 @@ def _timm(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
     tokens = state["pos_embed"].shape[1] - 1
+    # timm's first small ViT, which TransFER starts from, has 8 heads of 96; all others heads of 64
+    heads = 8 if (depth, ratio) == (8, 3.0) else width // 64
     return ours, {
         "name": "transfer", "partial": True, "num_classes": 7, "width": width, "depth": depth, "mlp_ratio": ratio,
+        "heads": heads,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state, "image_size": 8 * math.isqrt(tokens),
     }  # fmt: skip
 

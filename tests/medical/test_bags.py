@@ -245,3 +245,59 @@ def test_packing_streams_and_tells_what_it_left_out(tmp_path: Path, capsys: pyte
     assert all(np.array_equal(b.read().features, arrays[b.id]) for b in bags)
     with pytest.raises(UserError, match="is packed already"):
         pack_command(str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+# What tables say of bags
+
+
+def feature_folder(root: Path, count: int = 12) -> Path:
+    root.mkdir()
+    for i in range(count):
+        write_h5(root / f"s{i}.h5", np.random.default_rng(i).normal(size=(4, 3)).astype(np.float32))
+    return root
+
+
+def test_prediction_takes_bags_that_no_table_names(tmp_path: Path) -> None:
+    root = feature_folder(tmp_path / "in", 5)
+    (tmp_path / "labels.csv").write_text("slide_id,label\ns0,a\ns1,b\n")
+    data = BagData(str(root), labels=str(tmp_path / "labels.csv"))
+    assert len(data.bags()) == 2 and len(data.bags(everything=True)) == 5
+
+
+def test_parts_go_by_usual_names_and_others_are_refused(tmp_path: Path) -> None:
+    root = feature_folder(tmp_path / "in")
+    names = ["Training", "valid", "TEST"]
+    rows = [f"s{i},{'ab'[i // 3 % 2]},{names[i % 3]}" for i in range(12)]
+    (tmp_path / "labels.csv").write_text("slide_id,label,split\n" + "\n".join(rows))
+    parts = BagData(str(root), labels=str(tmp_path / "labels.csv")).parts()
+    assert [len(parts[p]) for p in ("train", "val", "test")] == [4, 4, 4]
+    (tmp_path / "labels.csv").write_text("slide_id,label,split\ns0,a,holdout\n")
+    with pytest.raises(UserError, match="names a part 'holdout'"):
+        BagData(str(root), labels=str(tmp_path / "labels.csv")).parts()
+
+
+def test_a_split_file_of_clam(tmp_path: Path) -> None:
+    root = feature_folder(tmp_path / "in")
+    (tmp_path / "labels.csv").write_text("slide_id,label\n" + "".join(f"s{i},{'ab'[i % 2]}\n" for i in range(12)))
+    lines = [",train,val,test", "0,s0,s6,s8", "1,s1,s7,s9", "2,s2,,s10", "3,s3,,"]
+    (tmp_path / "splits_0.csv").write_text("\n".join(lines))
+    data = BagData(str(root), labels=str(tmp_path / "labels.csv"), splits=str(tmp_path / "splits_0.csv"))
+    named = {p: sorted(data.bags()[i].id for i in indices) for p, indices in data.parts().items()}
+    assert named == {"train": ["s0", "s1", "s2", "s3"], "val": ["s6", "s7"], "test": ["s10", "s8", "s9"]}
+    (tmp_path / "splits_0.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="no columns train, val and test"):
+        BagData(str(root), labels=str(tmp_path / "labels.csv"), splits=str(tmp_path / "splits_0.csv")).parts()
+
+
+def test_folds_of_a_table_must_be_whole_and_complete(tmp_path: Path) -> None:
+    root = feature_folder(tmp_path / "in")
+    for cell, text in (("", "must hold a whole number"), (None, "names no fold for bag s11")):
+        rows = [f"s{i},{'ab'[i % 2]},{i % 4}" for i in range(11)] + ([] if cell is None else [f"s11,a,{cell}"])
+        (tmp_path / "labels.csv").write_text("slide_id,label,fold\n" + "\n".join(rows))
+        data = BagData(str(root), labels=str(tmp_path / "labels.csv"), fold_column="fold")
+        if cell is None:
+            data._bags = find_bags(root, NONE)
+            for bag in data._bags:
+                bag.label = "a"
+        with pytest.raises(UserError, match=text):
+            data.parts()

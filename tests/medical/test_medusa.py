@@ -338,3 +338,26 @@ def test_a_norm_that_follows_no_convolution_stays() -> None:
     folded = fold_batch_norms(network, lambda n: n(torch.zeros(1, 3, 2, 2)))
     assert isinstance(folded[2], nn.BatchNorm2d)  # type: ignore[index]
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_norm_beside_another_use_of_its_convolution_stays() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            nn.init.uniform_(self.norm.weight, 1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y + self.norm(y)
+
+    network, x = Twice().eval(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(fold_batch_norms(network, lambda n: n(x))(x), network(x), atol=1e-6)
+
+
+def test_predicting_before_training_is_harmless() -> None:
+    network = medusa()
+    with torch.inference_mode():
+        network.eval()(*pair(1, (96, 96), (72, 72)))
+    network.train()(*pair(2, (96, 96), (72, 72))).logits.sum().backward()

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medical.radiographs import MonaiAugment, RadiographData, read_radiograph
-from polyhead.data import generator
+from polyhead.data import BatchOrder, generator
 from polyhead.errors import BadSample, UserError
 from polyhead.pictures import Square
 from polyhead.sources import Location
@@ -259,3 +259,45 @@ def test_augmentation_that_is_off_is_the_evaluation_transform() -> None:
 def test_numbers_without_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"data.{next(iter(options))} is"):
         RadiographData(**options)
+
+
+def test_a_sample_that_comes_again_in_an_epoch_is_another_draw(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for i in range(3):
+            path = tmp_path / "train" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((RAMP // 16).astype(np.uint8)).save(path)
+    data = RadiographData(str(tmp_path), image_size=32, balance="classes", min_epoch_size=24, val_fraction=0.34)
+    data.setup("fit")
+    drawn = [key for batch in BatchOrder(data, data.samples("train"), "train", 3) for key in batch]
+    assert len(drawn) == 24 and len(set(drawn)) == 24
+    pictures = {data.samples("train").load(index, epoch)["image"].numpy().tobytes() for epoch, index in drawn}
+    assert len(pictures) == 24
+    again = [key for batch in BatchOrder(data, data.samples("train"), "train", 3) for key in batch]
+    assert again == drawn
+    shares = [BatchOrder(data, data.samples("train"), "train", 3, rank, 2) for rank in range(2)]
+    both = {key for share in shares for batch in share for key in batch}
+    assert len(both) == sum(len(batch) for share in shares for batch in share)
+
+
+def test_a_dicom_patient_is_on_one_side(tmp_path: Path) -> None:
+    for i in range(24):
+        path = tmp_path / ("a" if i % 2 else "b") / f"{i}.dcm"
+        path.parent.mkdir(exist_ok=True)
+        dicom(path, PatientID=f"P{i // 3}")
+    data = RadiographData(str(tmp_path), image_size=16, val_fraction=0.25, test_fraction=0.25)
+    sides = {name: {data.entries()[i].group for i in indices} for name, indices in data.parts().items()}
+    assert all(sides.values()) and {g for s in sides.values() for g in s} == {f"P{i}" for i in range(8)}
+    assert not (sides["train"] & sides["val"] or sides["train"] & sides["test"] or sides["val"] & sides["test"])
+
+
+def test_notes_beside_class_folders_are_no_label_list(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for i in range(6):
+            path = tmp_path / label / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", (8, 8), i).save(path)
+    (tmp_path / "training_notes.txt").write_bytes("some words of caf\xe9 people wrote\n".encode("latin-1"))
+    data = RadiographData(str(tmp_path), image_size=8)
+    data.parts()
+    assert data.classes == ["a", "b"]

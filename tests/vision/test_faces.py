@@ -227,8 +227,12 @@ def test_landmarks_turn_faces_and_the_rest_is_counted(shared: Path) -> None:
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="go together"):
-        FaceData(align="landmarks")
+    with pytest.raises(UserError, match="goes with data.align landmarks"):
+        FaceData(landmarks=str(tmp_path))
+    picture(tmp_path / "a" / "x.png")
+    picture(tmp_path / "b" / "x.png")
+    with pytest.raises(UserError, match="needs the points of these pictures"):
+        FaceData(str(tmp_path), align="landmarks").check()
     with pytest.raises(UserError, match="no YuNet model at nowhere.onnx"):
         FaceData(align="detect", yunet="nowhere.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
@@ -236,6 +240,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         FaceData(align="detect", yunet=str(tmp_path / "bad.onnx"))
     (tmp_path / "points.csv").write_text("file,x0\na,1\n")
     with pytest.raises(UserError, match="no points x0, y0, x1, y1"):
+        FaceData(align="landmarks", landmarks=str(tmp_path / "points.csv"))
+    (tmp_path / "points.csv").write_text("file,x0,y0,x1,y1\na,1,2,1,2\n")
+    with pytest.raises(UserError, match="not finite or lie on one another"):
         FaceData(align="landmarks", landmarks=str(tmp_path / "points.csv"))
     (tmp_path / "points.csv").write_text("file,x0,y0,x1,y1\na,1,2,,4\n")
     with pytest.raises(UserError, match="the points of a are not all numbers"):
