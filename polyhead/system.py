@@ -16,6 +16,9 @@ from torchmetrics import MetricCollection
 
 from polyhead.errors import UserError, reason
 
+# As `monitor`: keep the weights of the last epoch
+LAST = "val/epoch"
+
 
 @dataclass
 class Signature:
@@ -217,7 +220,10 @@ class System(LightningModule):
         everywhere = self.trainer.world_size > 1
         values = {k: m.compute() for k, m in self.metrics[stage].items() if everywhere or m.update_called}
         self.results[stage] = {k: v.detach().cpu() for k, v in values.items()}
-        scalars = {f"{stage}/{k}": v for k, v in values.items() if v.numel() == 1}
+        scalars: dict[str, Any] = {f"{stage}/{k}": v for k, v in values.items() if v.numel() == 1}
+        # The last epoch is the best where the validation part is too small to choose by
+        if stage == "val" and any(getattr(c, "monitor", None) == LAST for c in self.trainer.checkpoint_callbacks):
+            scalars[LAST] = float(self.current_epoch)
         self.log_dict(scalars, prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:

@@ -170,7 +170,7 @@ class PolyheadTrainer(Trainer):
 
     def _check_monitor(self, model: System) -> None:
         """Refuse a misspelt metric now; Lightning does after the first epoch."""
-        names = [f"val/{name}" for name in ("loss", *model.make_metrics())]
+        names = [f"val/{name}" for name in ("loss", "epoch", *model.make_metrics())]
         for monitor in {c.monitor for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)}:
             near = difflib.get_close_matches(monitor or "", names, n=1, cutoff=0.75)
             if monitor and monitor not in names and near:
