@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -341,14 +341,13 @@ class RadiographData(PictureData):
     file's own PatientID.
 
     Args:
-        root, name, classes, val_fraction, test_fraction, path_column, label_column, split_column, group_column,
-            cache, cache_limit_mb, max_pixels, batch_size, num_workers, seed, on_error, balance, min_epoch_size: see
-            `polyhead.picture_data.PictureData`.
+        root, name, batch_size: see `polyhead.picture_data.PictureData`.
         image_size: side S in pixels.
         resize: `squash` (as published), `pad` or `crop`.
         slice_at: which axial slice of a volume, as a share of its depth.
         anonymise: leave `patient`, `study` and `instance` out of predictions.
         flip, rotate, zoom, shift, gamma, contrast, brightness, blur, noise: see `MonaiAugment`.
+        pictures: the other arguments of `PictureData`, but for its augmentation.
     """
 
     suffixes = IMAGE_SUFFIXES | {".dcm", ".dicom", ".nii", ".gz", ""}
@@ -370,30 +369,12 @@ class RadiographData(PictureData):
         brightness: float = 0.1,
         blur: float = 1.0,
         noise: float = 0.03,
-        classes: list[str] | None = None,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        path_column: str | None = None,
-        label_column: str | None = None,
-        split_column: str | None = None,
-        group_column: str | None = None,
-        balance: Literal["none", "classes"] = "none",
-        min_epoch_size: int = 0,
-        cache: Literal["ram", "none"] = "ram",
-        cache_limit_mb: int = 2048,
-        max_pixels: int = MAX_PIXELS,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_error: Literal["raise", "skip"] = "raise",
+        **pictures: Any,
     ) -> None:
         super().__init__(
-            root, name, image_size, 1.0, resize, None, flip=flip, classes=classes, val_fraction=val_fraction,
-            test_fraction=test_fraction, path_column=path_column, label_column=label_column,
-            split_column=split_column, group_column=group_column, balance=balance, cache=cache,
-            min_epoch_size=min_epoch_size,
-            cache_limit_mb=cache_limit_mb, max_pixels=max_pixels, batch_size=batch_size, num_workers=num_workers,
-            seed=seed, on_error=on_error,
+            root, name, image_size, crop_fraction=1.0, resize=resize, scale=None, ratio=(1.0, 1.0), flip=flip,
+            flip_vertical=0.0, policy="none", colour=0.0, erase=0.0, batch_size=batch_size, **pictures,
         )  # fmt: skip
         for option, pair in {"zoom": zoom, "gamma": gamma, "contrast": contrast}.items():
             if not 0 < pair[0] <= pair[1]:

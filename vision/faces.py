@@ -15,10 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from polyhead.data import Samples, Split, Unreadable, collate
-from polyhead.decoding import MAX_PIXELS
 from polyhead.errors import BadSample, UserError
 from polyhead.picture_data import Embedded, PictureData
-from polyhead.pictures import Files, Raw, Resize, Square, to_tensor
+from polyhead.pictures import Files, Raw, Square, to_tensor
 from polyhead.sources import Entry, existing
 from vision.face_align import Face, align, crop, detector
 from vision.face_layouts import Votes, class_order, published_layout
@@ -190,16 +189,15 @@ class FaceData(PictureData):
     picture as it is where none is found.
 
     Args:
-        root, name, classes, crop_fraction, resize, scale, ratio, flip, policy, colour, erase, balance,
-            min_epoch_size, val_fraction, test_fraction, path_column, label_column, split_column, group_column,
-            cache, cache_limit_mb, max_pixels, batch_size, num_workers, seed, on_error: see
-            `polyhead.picture_data.PictureData`; a group is a person.
+        root, name, scale, ratio, flip, colour, erase, batch_size: see `polyhead.picture_data.PictureData`; a group
+            is a person.
         image_size: side S in pixels.
         align: `none` takes pictures as aligned crops, `landmarks` turns them by points from a table, `detect`
             looks for faces.
         landmarks: that table (see `read_landmarks`).
         yunet: model file of OpenCV's YuNet; None is OpenCV's bundled cascades.
         votes: FERPlus's rule: `majority` as its authors', or `plurality`.
+        pictures: the other arguments of `PictureData`.
     """
 
     def __init__(
@@ -211,37 +209,17 @@ class FaceData(PictureData):
         landmarks: str | None = None,
         yunet: str | None = None,
         votes: Votes = "majority",
-        crop_fraction: float = 1.0,
-        resize: Resize = "crop",
         scale: tuple[float, float] | None = (0.7, 1.0),
         ratio: tuple[float, float] = (0.9, 1.1),
         flip: float = 0.5,
-        policy: Literal["none", "trivial", "rand"] = "none",
         colour: float = 0.3,
         erase: float = 0.25,
-        classes: list[str] | None = None,
-        balance: Literal["none", "classes"] = "none",
-        min_epoch_size: int = 0,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        path_column: str | None = None,
-        label_column: str | None = None,
-        split_column: str | None = None,
-        group_column: str | None = None,
-        cache: Literal["ram", "none"] = "ram",
-        cache_limit_mb: int = 2048,
-        max_pixels: int = MAX_PIXELS,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_error: Literal["raise", "skip"] = "raise",
+        **pictures: Any,
     ) -> None:
         super().__init__(
-            root, name, image_size, crop_fraction, resize, scale, ratio, flip=flip, policy=policy, colour=colour,
-            erase=erase, classes=classes, balance=balance, min_epoch_size=min_epoch_size, val_fraction=val_fraction,
-            test_fraction=test_fraction, path_column=path_column, label_column=label_column,
-            split_column=split_column, group_column=group_column, cache=cache, cache_limit_mb=cache_limit_mb,
-            max_pixels=max_pixels, batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
+            root, name, image_size, scale=scale, ratio=ratio, flip=flip, colour=colour, erase=erase,
+            batch_size=batch_size, **pictures,
         )  # fmt: skip
         if landmarks is not None and align != "landmarks":
             raise UserError("data.landmarks goes with data.align landmarks: give both")
