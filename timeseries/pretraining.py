@@ -83,7 +83,6 @@ class SignalModel(System):
     Args:
         facts: `rate`, `segment`, `segments`; linked from the data.
         size, encoder, anchor, n_positions, n_channels, dropout, structured, init, network: see `SeizureDetector`.
-        trained_segments: see there.
         negatives: K.
         temperature: cosines are divided by it.
         system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
@@ -103,7 +102,6 @@ class SignalModel(System):
         structured: bool = False,
         init: float = 0.02,
         network: dict[str, Any] | None = None,
-        trained_segments: int | None = None,
         negatives: int = 30,
         temperature: float = 0.1,
         **system: Any,

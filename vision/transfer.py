@@ -223,7 +223,7 @@ class Encoder(nn.Module):
         if tokens.shape[1] + 1 != self.pos_embed.shape[1]:
             found, side = tokens.shape[1], math.isqrt(self.pos_embed.shape[1] - 1)
             raise UserError(f"TransFER was built for a map of {side} x {side}, this one has {found} pixels")
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1) + self.pos_embed
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, last = self._before_last(tokens)
@@ -278,6 +278,10 @@ class EncoderTrunk(nn.Module):
         network: Any = create_encoder(name, 0, pretrained=pretrained, features_only=True, out_indices=(at,))
         if network.feature_info.reduction() != [stride]:
             raise UserError(f"{name} has no map of stride {stride} where TransFER looks for it")
+        last = network.feature_info.module_name()[-1]
+        if last.startswith("blocks."):
+            # timm runs this family to its end whatever map is asked for
+            network.blocks = nn.Sequential(*list(network.blocks)[: int(last.split(".")[1]) + 1])
         self.network, self.stride = network, stride
         self.channels: int = network.feature_info.channels()[0]
 
@@ -434,7 +438,7 @@ class APViT(nn.Module):
         # Scored before the position is added
         best = tokens.abs().sum(-1).topk(self.keep_num).indices.sort(-1).values
         patches = take(tokens + self.patch_pos_embed, best)
-        return torch.cat([(self.cls_token + self.cls_pos_embed).expand(len(x), -1, -1), patches], 1)
+        return torch.cat([(self.cls_token + self.cls_pos_embed).expand(patches.shape[0], -1, -1), patches], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x)

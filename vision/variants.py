@@ -8,7 +8,7 @@ from vision.backbones import list_backbones
 
 # Seven classes
 EXPRESSIONS = {
-    "transfer": (65_217_869, 112), "transfer_small": (3_428_045, 112), "transfer_lite": (3_319_141, 160),
+    "transfer": (65_217_869, 112), "transfer_small": (3_428_045, 112), "transfer_lite": (1_061_061, 160),
     "apvit": (65_209_543, 112),
 }  # fmt: skip
 
