@@ -173,7 +173,8 @@ class PolyheadCLI(LightningCLI):
             hint = "MODEL: a checkpoint, a bundle, a shipped model (`polyhead models`), or best/last with --output DIR"
             raise UserError(f"{self.only} needs trained weights: --ckpt_path MODEL", [hint])
         elif not configs and not any(a.startswith("--model") for a in self.rest):
-            raise UserError("fit needs --config RECIPE", [f"shipped recipes: {', '.join(recipes.names())}"])
+            hint = f"`polyhead models` lists the {len(recipes.names())} shipped ones"
+            raise UserError("fit needs --config RECIPE", [hint])
         arguments = [self.only]
         for config in configs:
             arguments += ["--config", str(config)]

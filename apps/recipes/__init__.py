@@ -29,7 +29,7 @@ def find(name: str) -> Path:
     known = names()
     short = {n.rsplit("/", 1)[1]: n for n in known}
     near = nearest(name, known) or [short[n] for n in nearest(name.rsplit("/", 1)[-1], short)]
-    hint = f"did you mean {', '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    hint = f"did you mean {', '.join(near)}?" if near else f"`polyhead models` lists the {len(known)} shipped ones"
     raise UserError(f"no recipe or file {name!r} for --config", [hint])
 
 

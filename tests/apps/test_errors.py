@@ -103,11 +103,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_run: Path, digits_run: P
 CASES: dict[str, list[str]] = {
     # Subcommands, recipes, paths
     "fti DIGITS": ["unknown subcommand 'fti'", "  did you mean fit?"],
-    "nonsense": [
-        "unknown subcommand 'nonsense'",
+    "qwxyz": [
+        "unknown subcommand 'qwxyz'",
         "  subcommands: fit, validate, test, predict, export, explain, models, doctor, convert...",
     ],
-    "fit": ["fit needs --config RECIPE", "  shipped recipes: {recipes}"],
+    "fit": ["fit needs --config RECIPE", "  `polyhead models` lists the {recipes} shipped ones"],
     "fit --config vision/shvitt": [
         "no recipe or file 'vision/shvitt' for --config",
         "  did you mean vision/shvit,...",
@@ -248,7 +248,10 @@ CASES: dict[str, list[str]] = {
         "fit needs --data",
         "  a recipe names one: --config NAME",
     ],
-    "fit --data vision.ImageData": ["fit needs --config RECIPE", "  shipped recipes: {recipes}"],
+    "fit --data vision.ImageData": [
+        "fit needs --config RECIPE",
+        "  `polyhead models` lists the {recipes} shipped ones",
+    ],
     # Recipes that cannot be used
     "fit DIGITS --config key.yaml": [
         "key.yaml, line 4: model.bakbone: vision.ImageClassifier has no option 'bakbone'",
@@ -461,7 +464,7 @@ CASES: dict[str, list[str]] = {
     "doctor --data.rot pets": ["--data.rot: vision.ImageData has no option 'rot'", "  did you mean root?"],
     "doctor --config nowhere --data.root pets": [
         "no recipe or file 'nowhere' for --config",
-        "  shipped recipes: {recipes}",
+        "  `polyhead models` lists the {recipes} shipped ones",
     ],
 }
 
@@ -496,7 +499,7 @@ def test_a_mistake_is_one_line(answers: dict[str, Done], command: str) -> None:
     start = next(i for i, line in enumerate(lines) if line.startswith("polyhead: "))
     got = [lines[start].removeprefix("polyhead: "), *lines[start + 1 :]]
     assert len(got) <= 5 and all(len(line) <= 240 for line in got)
-    wanted = [line.replace("{recipes}", ", ".join(recipes.names())) for line in CASES[command]]
+    wanted = [line.replace("{recipes}", str(len(recipes.names()))) for line in CASES[command]]
     open_ended = [g[: len(w) - 3] + "..." if w.endswith("...") else g for g, w in zip(got, wanted, strict=False)]
     assert open_ended == wanted and len(got) == len(wanted)
 
