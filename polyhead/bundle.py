@@ -257,7 +257,8 @@ def save_bundle(
     """
     # Where the training data and their tables lay, and which set there it was, is not where other data lie
     arguments = data.get("init_args", {})
-    local = {k: None for k in ("root", "name", "labels", "splits", "boxes", "landmarks") if k in arguments}
+    places = ("root", "name", "labels", "splits", "boxes", "landmarks")
+    local = {k: None for k in places if isinstance(arguments.get(k), str)}
     data = {**data, "init_args": {**arguments, **local, "root": None}}
     small = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     try:
