@@ -33,13 +33,16 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks all
 
-# Peers that are no dependency of ours live in an environment of their own
-bench-peers: .venv-peers/.installed
+# The comparisons with their peers, which are no dependency of ours and live in an environment of their own with it:
+# `.venv-peers/bin/python -m benchmarks NAME`
+PEERS := .venv-peers/.installed
 
-.venv-peers/.installed: benchmarks/peers.txt constraints.txt
+bench-peers: $(PEERS)
+
+$(PEERS): pyproject.toml benchmarks/peers.txt constraints.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install -q --upgrade pip
-	.venv-peers/bin/python -m pip install -q -c constraints.txt -r benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install -q -c constraints.txt -e . -r benchmarks/peers.txt
 	touch $@
 
 # The built wheel, in an environment that has never seen the checkout
