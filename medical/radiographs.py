@@ -24,7 +24,7 @@ from polyhead.decoding import MAX_PIXELS, decode_image
 from polyhead.errors import BadSample, UserError, reason
 from polyhead.picture_data import Embedded, PictureData
 from polyhead.pictures import Resize, Square, to_tensor
-from polyhead.sources import IMAGE_SUFFIXES, SPLIT_NAMES, Entry, Location, read_bytes
+from polyhead.sources import IMAGE_SUFFIXES, SPLIT_NAMES, Entry, Location, read_bytes, read_head
 
 NIFTI = (".nii", ".nii.gz")
 # Class orders that are not alphabetical in the published label lists
@@ -75,6 +75,11 @@ def as_file(location: Location) -> Iterator[Path]:
 
 def _is_dicom(head: bytes, name: str) -> bool:
     return head[128:132] == b"DICM" or name.lower().endswith((".dcm", ".dicom"))
+
+
+def holds_dicom(location: Location) -> bool:
+    """Whether a file is DICOM by its preamble: archives name files by their UID, whose end looks like a suffix."""
+    return _is_dicom(read_head(location, 132), "")
 
 
 def grey_picture(values: np.ndarray) -> Image.Image:
@@ -138,17 +143,17 @@ def _picture(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _monai_read(path: Path, reader: DicomReader) -> tuple[np.ndarray, Identifiers]:
-    from monai.transforms import LoadImage
-
-    values = LoadImage(reader=reader, image_only=True, ensure_channel_first=False)(str(path))
+    # Without MONAI's LoadImage, which makes all of its own readers for each picture and warns of those it cannot
+    values, _ = reader.get_data(reader.read(str(path)))
     return np.asarray(values, dtype=np.float64).T, reader.identifiers
 
 
 def _nifti_slice(path: Path, at: float) -> np.ndarray:
-    from monai.data import NibabelReader
-    from monai.transforms import EnsureChannelFirstd, LoadImaged, Orientationd
+    from monai.data import MetaTensor, NibabelReader
+    from monai.transforms import EnsureChannelFirstd, Orientationd
 
-    volume = LoadImaged("image", reader=NibabelReader)({"image": str(path)})["image"]
+    reader = NibabelReader()
+    volume = MetaTensor.ensure_torch_and_prune_meta(*reader.get_data(reader.read(str(path))))
     if volume.ndim not in (2, 3):
         raise BadSample(f"a NIfTI file of {volume.ndim} dimensions is no radiograph: 2 or 3 are read")
     if volume.ndim == 2:
@@ -351,6 +356,7 @@ class RadiographData(PictureData):
     """
 
     suffixes = IMAGE_SUFFIXES | {".dcm", ".dicom", ".nii", ".gz", ""}
+    known = staticmethod(holds_dicom)
 
     def __init__(
         self,

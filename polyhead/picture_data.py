@@ -84,6 +84,8 @@ class PictureData(DataModule):
 
     embedded_flip = 0.5
     suffixes: frozenset[str] = IMAGE_SUFFIXES
+    # Whether a file with none of them is a picture all the same
+    known: Callable[[Location], bool] | None = None
 
     def __init__(
         self,
@@ -166,7 +168,8 @@ class PictureData(DataModule):
         assert self.root is not None
         if everything:
             return find(self.root, self.name, everything=True, **self.columns)
-        return find(self.root, self.name, suffixes=self.suffixes, ignored=self.ignored, **self.columns)
+        return find(self.root, self.name, suffixes=self.suffixes, known=self.known, ignored=self.ignored,
+                    **self.columns)  # fmt: skip
 
     def fetch(self, entries: Sequence[Entry], target: int) -> Callable[[int], Image.Image]:
         """Index -> RGB picture, of which the shorter side need not exceed `target`; raises BadSample."""
@@ -244,9 +247,7 @@ class PictureData(DataModule):
             if not len(parts[part]):
                 there = ", ".join(f"{name} ({len(p)})" for name, p in parts.items() if len(p))
                 fix = "raise" if part in ("train", "val") else "name one in the data, or raise"
-                option = (
-                    "data.val_fraction" if part != "test" else "data.test_fraction where no parts are named"
-                )
+                option = "data.val_fraction" if part != "test" else "data.test_fraction where no parts are named"
                 raise UserError(f"{self._where()} has no {part} part, only {there}: {fix} {option}")
             unknown = sorted(self._labels_of(part) - set(self.classes), key=class_key)
             if unknown:

@@ -21,8 +21,7 @@ from typing import NamedTuple
 from polyhead.errors import BadSample, UserError, nearest, reason
 
 IMAGE_SUFFIXES = frozenset(
-    f".{s}"
-    for s in "jpg jpeg jpe jfif png gif bmp tif tiff webp avif jp2 j2k ppm pgm pbm pnm ico mpo".split()
+    f".{s}" for s in "jpg jpeg jpe jfif png gif bmp tif tiff webp avif jp2 j2k ppm pgm pbm pnm ico mpo".split()
 )
 TABLE_SUFFIXES = frozenset((".csv", ".tsv", ".parquet"))
 LIST_SUFFIXES = frozenset((".txt", ".lst"))
@@ -102,6 +101,7 @@ def find(
     split_column: str | None = None,
     group_column: str | None = None,
     suffixes: Iterable[str] = IMAGE_SUFFIXES,
+    known: Callable[[Location], bool] | None = None,
     ignored: list[str] | None = None,
 ) -> list[Entry]:
     """The samples under `root`, sorted by name (in file order for a list or a table).
@@ -124,7 +124,8 @@ def find(
         path_column, label_column, split_column, group_column: a table's columns; None goes by usual names
             (`path`, `file`, `filename`, `image`; `label`, `class`; `split`). A group, such as a patient, is
             only used when its column is named.
-        ignored: where to append the names of files that `everything` would take and `suffixes` do not.
+        known: whether a file with none of the `suffixes` is a sample all the same, by what it holds.
+        ignored: where to append the names of files that `everything` would take and this call does not.
 
     Raises:
         UserError: nothing there, nothing in it, or more than one thing it could mean.
@@ -132,11 +133,13 @@ def find(
     columns = _Columns(path_column, label_column, split_column, group_column, optional=everything)
     endings = None if everything else frozenset(suffixes)
 
-    def wanted(path: str) -> bool:
-        if not _counts(path) or endings is None or Path(path).suffix.lower() in endings:
-            return _counts(path)
+    def wanted(entry: Entry) -> bool:
+        if not _counts(entry.id) or endings is None or Path(entry.id).suffix.lower() in endings:
+            return _counts(entry.id)
+        if known is not None and known(entry.location):
+            return True
         if ignored is not None:
-            ignored.append(path)
+            ignored.append(entry.id)
         return False
 
     given, root = str(root), existing(root)
@@ -154,7 +157,7 @@ def find(
     return entries
 
 
-def _find(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str], bool]) -> list[Entry]:
+def _find(root: Path, name: str | None, columns: _Columns, wanted: Callable[[Entry], bool]) -> list[Entry]:
     suffix = root.suffix.lower()
     if root.is_dir():
         return _folder(root, name, columns, wanted)
@@ -167,11 +170,11 @@ def _find(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str
     if suffix in LIST_SUFFIXES:
         return _list(root)
     if suffix == ".zip":
-        return _laid_out([e for e in _members(root) if wanted(e.id)])
+        return _laid_out([e for e in _members(root) if wanted(e)])
     return [Entry(root.name, None, None, None, Location(str(root)))]
 
 
-def _folder(root: Path, name: str | None, columns: _Columns, wanted: Callable[[str], bool]) -> list[Entry]:
+def _folder(root: Path, name: str | None, columns: _Columns, wanted: Callable[[Entry], bool]) -> list[Entry]:
     here = sorted(p.name for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
     zips = [n for n in here if n.lower().endswith(".zip")]
     tables = [n for n in here if Path(n).suffix.lower() in TABLE_SUFFIXES]
@@ -191,7 +194,7 @@ def _folder(root: Path, name: str | None, columns: _Columns, wanted: Callable[[s
             archive = root / zips[0]
     if archive is not None:
         entries = _members(archive)
-    entries = _laid_out([e for e in entries if wanted(e.id)])
+    entries = _laid_out([e for e in entries if wanted(e)])
 
     table: str | None = next((n for n in ("split.csv", "bags.csv") if n in tables), None)
     named = columns.named()
@@ -534,6 +537,20 @@ def read_bytes(location: Location) -> bytes:
         raise BadSample(error.message) from error
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, RuntimeError) as error:
         raise BadSample(f"the archive member cannot be read: {reason(error)}") from error
+
+
+def read_head(location: Location, count: int) -> bytes:
+    """The first bytes of a sample, unpacking no more; none where they cannot be read."""
+    try:
+        if location.problem is not None or not (location.member or Path(location.path).is_file()):
+            return b""
+        if location.member is None:
+            with open(location.path, "rb") as file:
+                return file.read(count)
+        with _archive(location.path).open(location.member) as member:
+            return member.read(count)
+    except (UserError, zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, RuntimeError):
+        return b""
 
 
 def _read_file(path: str) -> bytes:

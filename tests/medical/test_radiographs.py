@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -301,3 +303,29 @@ def test_notes_beside_class_folders_are_no_label_list(tmp_path: Path) -> None:
     data = RadiographData(str(tmp_path), image_size=8)
     data.parts()
     assert data.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dicom_files_named_by_their_uid_are_found_for_training(tmp_path: Path, packed: bool) -> None:
+    root = tmp_path / "set"
+    for i in range(12):
+        path = root / ("a" if i % 2 else "b") / f"1.2.826.0.1.{i}.81{i}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dicom(path, PatientID=f"P-{i}")
+    (root / "a/notes.811").write_text("no picture")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for path in sorted(root.rglob("*.*")):
+                archive.write(path, path.relative_to(root))
+        root = tmp_path / "set.zip"
+    data = RadiographData(str(root))
+    assert sorted(Counter(e.label for e in data.entries()).items()) == [("a", 6), ("b", 6)]
+    assert data.ignored == ["a/notes.811"]
+    assert {e.group for e in data.entries()} == {f"P-{i}" for i in range(12)}
+
+
+def test_reading_dicom_prints_nothing(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm")
+    code = f"from medical.radiographs import *; read_radiograph(Location({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
