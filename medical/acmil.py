@@ -48,7 +48,7 @@ class DimReduction(nn.Module):
         self.fc1 = nn.Linear(d_feat, d_inner, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.fc1(x))
+        return F.relu(self.fc1(x), inplace=True)
 
 
 class Classifier(nn.Module):
@@ -255,14 +255,15 @@ class ACMIL(nn.Module):
         like = self.Slide_classifier.fc.weight
         top: Tensor | None = None
         total = pooled = torch.zeros((), device=like.device)
-        parts = []
         if x.shape[0] == 0:
             raise UserError("ACMIL got a bag without instances")
+        heads = 1 if keys is None else HEADS
+        attention = torch.empty(1, heads, self.n_token, x.shape[0], device=like.device)
         for start in range(0, x.shape[0], chunk):
             rows = torch.as_tensor(x[start : start + chunk]).to(like.device, like.dtype)
             h = self.dimreduction(self._check(rows))
             logits = self._logits(h, keys)
-            parts.append(logits)
+            attention[..., start : start + chunk] = logits
             new = logits.amax(-1, keepdim=True) if top is None else torch.maximum(top, logits.amax(-1, keepdim=True))
             scale = torch.zeros_like(new) if top is None else (top - new).exp()
             weights = (logits - new).exp()
@@ -270,7 +271,7 @@ class ACMIL(nn.Module):
             pooled = pooled * scale + torch.einsum("bhkn,bnd->bhkd", weights.to(h.dtype), h)
             top = new
         slide, branch, bag = self._heads(pooled / total)
-        return Output(slide, branch, torch.cat(parts, -1), bag)
+        return Output(slide, branch, attention, bag)
 
 
 def bag_attention(output: Output) -> Tensor:
@@ -281,13 +282,17 @@ def bag_attention(output: Output) -> Tensor:
 def diversity(attention_logits: Tensor) -> Tensor:
     """Mean cosine between the attentions of two branches, over all pairs and heads; 0 for one branch.
 
-    Closed form of the sum over pairs: (|sum of unit rows|^2 - K) / (K (K - 1)).
+    From the K x K products of the rows, so that no second copy of them is kept for the gradient.
     """
     branches = attention_logits.shape[-2]
     if branches == 1:
         return attention_logits.new_zeros(())
-    rows = F.normalize(attention_logits.softmax(-1), dim=-1, eps=1e-8)
-    return ((rows.sum(-2).square().sum(-1) - branches) / (branches * (branches - 1))).mean()
+    rows = attention_logits.softmax(-1)
+    products = rows @ rows.transpose(-1, -2)
+    norms = products.diagonal(dim1=-2, dim2=-1).clamp_min(1e-16).sqrt()
+    cosines = products / (norms[..., None] * norms[..., None, :])
+    above = torch.ones(branches, branches, dtype=torch.bool, device=rows.device).triu(1)
+    return cosines[..., above].mean()
 
 
 def neg_entropy(attention_logits: Tensor) -> Tensor:
@@ -296,19 +301,21 @@ def neg_entropy(attention_logits: Tensor) -> Tensor:
     return (logs.exp() * logs).sum(-1).mean()
 
 
-def losses(output: Output, label: Tensor, aem: float = 0.0) -> dict[str, Tensor]:
+def losses(output: Output, label: Tensor, aem: float = 0.0, smoothing: float = 0.0) -> dict[str, Tensor]:
     """`loss` = `branch` + `bag` + `diversity` + aem * negative entropy, all weights 1 as published.
 
     Args:
         output: of the network, in training with its masks.
         label: `[B]`.
         aem: weight of the entropy term of AEM; 0 is ACMIL.
+        smoothing: of the labels; 0 as published.
     """
     bags, branches, classes = output.branch_logits.shape
-    bag = F.cross_entropy(output.slide_logits, label)
+    bag = F.cross_entropy(output.slide_logits, label, label_smoothing=smoothing)
     branch = bag.new_zeros(())
     if branches > 1:
-        branch = F.cross_entropy(output.branch_logits.reshape(-1, classes), label.repeat_interleave(branches))
+        each = output.branch_logits.reshape(-1, classes)
+        branch = F.cross_entropy(each, label.repeat_interleave(branches), label_smoothing=smoothing)
     parts = {"branch": branch, "bag": bag, "diversity": diversity(output.attention_logits)}
     total = parts["branch"] + parts["bag"] + parts["diversity"]
     if aem:
