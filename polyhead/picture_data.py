@@ -47,6 +47,13 @@ def balanced_order(labels: np.ndarray, count: int, rng: np.random.Generator) -> 
     return rng.permuted(np.stack(columns, 1), axis=1).reshape(-1)[:count]
 
 
+def repeats(labels: np.ndarray) -> np.ndarray:
+    """Indices in which each of a class of share f stands max(1, ceil(sqrt(0.15 / f))) times (APViT's training)."""
+    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    times = np.ceil(np.maximum(1, np.sqrt(0.15 * len(labels) / counts))).astype(int)
+    return np.repeat(np.arange(len(labels)), times[numbers])
+
+
 class PictureData(DataModule):
     """Pictures with one label each, from a folder, a zip, a list or a table (`polyhead.sources.find`).
 
@@ -73,7 +80,7 @@ class PictureData(DataModule):
         path_column, label_column, split_column, group_column: columns of a table; by usual names if None.
             Pictures of one group (a patient) are cut into one part.
         balance: `classes` draws every class equally often in training, the rare ones repeatedly; an epoch stays
-            as long as it was.
+            as long as it was. `repeat` takes pictures of a class of share f ceil(sqrt(0.15 / f)) times an epoch.
         min_epoch_size: an epoch of a smaller training part goes through it several times, to so many samples.
         cache: `ram` keeps training pictures decoded, the shorter side at 1.15 S at most, so that small crops
             come from that; `none` decodes them anew, in full, every time.
@@ -108,7 +115,7 @@ class PictureData(DataModule):
         label_column: str | None = None,
         split_column: str | None = None,
         group_column: str | None = None,
-        balance: Literal["none", "classes"] = "none",
+        balance: Literal["none", "classes", "repeat"] = "none",
         min_epoch_size: int = 0,
         cache: Literal["ram", "none"] = "ram",
         cache_limit_mb: int = 2048,
@@ -317,13 +324,14 @@ class PictureData(DataModule):
         return Pictures(raw.ids(), raw, self.square)
 
     def order(self, samples: Samples, split: Split, epoch: int) -> np.ndarray:
-        count = max(len(samples), self.min_epoch_size)
-        if split != "train" or (self.balance == "none" and count == len(samples)):
+        if split != "train" or (self.balance == "none" and self.min_epoch_size <= len(samples)):
             return super().order(samples, split, epoch)
         labels = np.array([str(self.entries()[i].label) for i in self.parts()["train"]])
-        if self.balance == "none":
-            labels[:] = "all"
-        return balanced_order(labels, count, np.random.default_rng([self.seed, epoch]))
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.balance == "classes":
+            return balanced_order(labels, max(len(labels), self.min_epoch_size), rng)
+        drawn = repeats(labels) if self.balance == "repeat" else np.arange(len(labels))
+        return drawn[balanced_order(np.zeros(len(drawn)), max(len(drawn), self.min_epoch_size), rng)]
 
     # Telling
 
