@@ -176,6 +176,9 @@ class PolyheadCLI(LightningCLI):
             hint = f"`polyhead models` lists the {len(recipes.names())} shipped ones"
             raise UserError("fit needs --config RECIPE", [hint])
         arguments = [self.only]
+        if self.saved is not None and self.only != "fit":
+            # Before all others, and so a default, which the parser's own file would override
+            arguments += [f"--seed_everything={self.saved.data.get('init_args', {}).get('seed', 0)}"]
         for config in configs:
             arguments += ["--config", str(config)]
         arguments += self.rest
@@ -328,6 +331,7 @@ class PolyheadCLI(LightningCLI):
     @staticmethod
     def _defaults(saved: bundle.Saved) -> dict[str, Any]:
         """A model's settings as defaults, less what is linked."""
+
         def less(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             arguments = {k: v for k, v in recipe.get("init_args", {}).items() if k != name}
             return {**recipe, "init_args": arguments}
@@ -464,7 +468,8 @@ class PolyheadCLI(LightningCLI):
         model, data = self.model, self.datamodule
         facts = data.facts()
         model.recipe = _with(self.recipe["model"], {"facts": facts})
-        model.data_recipe = _with(self.recipe["data"], facts)
+        # Which parts were drawn depends on the seed: a test must not draw others
+        model.data_recipe = _with(self.recipe["data"], {**facts, "seed": data.seed})
         data.recipe = model.data_recipe
         trainer: Any = self.trainer
         trainer.command = "polyhead " + shlex.join([self.only, *self.words])
@@ -486,7 +491,7 @@ def _with(recipe: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "init_args": {**recipe.get("init_args", {}), **arguments}}
 
 
-def _hush() -> None:
+def quiet() -> None:
     """Lightning's hints about hardware and other products are not about the person's run."""
     for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -497,7 +502,7 @@ def _hush() -> None:
 
 def run(subcommand: str, arguments: list[str]) -> int:
     """Run one of Lightning's subcommands or ours on its Trainer."""
-    _hush()
+    quiet()
     try:
         PolyheadCLI(subcommand, arguments)
     except MisconfigurationException as error:
@@ -522,7 +527,7 @@ class _ParseOnly(PolyheadCLI):
 
 def read_recipe(arguments: list[str]) -> dict[str, Any]:
     """The recipe that `fit ARGUMENTS` would run, with nothing built. Raises UserError."""
-    _hush()
+    quiet()
     try:
         _ParseOnly("fit", arguments)
     except _Parsed as parsed:

@@ -25,6 +25,7 @@ LIGHTNING = {
 OWN = {
     "models": ("apps.models:main", "list systems, variants and shipped models"),
     "doctor": ("apps.doctor:main", "check the installation and, with --data.root, a data set"),
+    "cross-validate": ("apps.cross_validate:main", "fit and test every fold of the data in turn, and pool the results"),
     "convert": ("apps.convert:main", "turn a published checkpoint into a bundle"),
 }
 # A domain's own commands: name -> (dotted name, one line); imported when called
@@ -43,7 +44,7 @@ DOMAIN: dict[str, tuple[str, str]] = {
 def help_text() -> str:
     lines = ["usage: polyhead SUBCOMMAND [--config RECIPE] [options]", "", "subcommands:"]
     summaries = LIGHTNING | {k: v[1] for k, v in OWN.items()} | {k: v[1] for k, v in DOMAIN.items()}
-    lines += [f"  {name:<10} {text}" for name, text in summaries.items()]
+    lines += [f"  {name:<14} {text}" for name, text in summaries.items()]
     lines += [
         "",
         "RECIPE is a shipped recipe (`polyhead models` lists them) or a file. Common options:",

@@ -20,8 +20,9 @@ from medical.bags import (
     Instances,
     apply_labels,
     apply_splits,
+    draw_folds,
     find_bags,
-    folds,
+    named_folds,
     pick_column,
     read_table,
 )
@@ -52,6 +53,9 @@ def planted_bags(seed: int = 0, count: int = 240, width: int = 16) -> list[Bag]:
         split = "train" if index < count // 2 else "val" if index < count * 3 // 4 else "test"
         bags.append(Bag(f"bag-{index:04d}", lambda got=got: got, str(int(positive)), None, split))  # type: ignore[misc]
     return bags
+
+
+VAL_FRACTION = 0.15
 
 
 class BagSamples:
@@ -137,9 +141,12 @@ class BagData(DataModule):
         standardise: scale features by their mean and deviation over the training bags.
         mean, deviation: of the features; found from the training bags when None.
         classes: class names in order; None takes those of the training part, sorted.
-        folds, fold: cross-validation by patient: this fold is the test part, the next one validation.
-        fold_column: a table's own folds, 0 upwards, in place of drawn ones.
-        val_fraction, test_fraction: shares of parts that the data do not name.
+        folds, fold: cross-validation by patient: of so many drawn folds this one is the test part, and all others
+            train, less what `val_fraction` asks for.
+        fold_column: a table's own folds, whole numbers, in place of drawn ones.
+        val_fraction: share of a validation part that the data do not name; None is 0.15, and in cross-validation 0,
+            where each bag counts.
+        test_fraction: share of a test part that the data do not name.
         bag_column, label_column, group_column, split_column: columns; by usual names if None.
         batch_size, num_workers, seed, on_error: see `polyhead.data.DataModule`.
     """
@@ -165,7 +172,7 @@ class BagData(DataModule):
         folds: int = 0,
         fold: int = 0,
         fold_column: str | None = None,
-        val_fraction: float = 0.15,
+        val_fraction: float | None = None,
         test_fraction: float = 0.15,
         bag_column: str | None = None,
         label_column: str | None = None,
@@ -189,7 +196,8 @@ class BagData(DataModule):
         self.classes = list(classes) if classes is not None else None
         self.folds, self.fold, self.fold_column = folds, fold, fold_column
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.columns = {"bag": bag_column, "label": label_column, "group": group_column, "split": split_column}
+        self.columns = {"bag": bag_column, "label": label_column, "group": group_column, "split": split_column,
+                        "fold": fold_column}  # fmt: skip
         self._bags: list[Bag] | None = None
         self._parts: dict[str, np.ndarray] = {}
         self._encoder: TileEncoder | None = None
@@ -299,37 +307,40 @@ class BagData(DataModule):
         labels = [str(b.label) for b in bags]
         groups = [b.group or b.id for b in bags]
         splits = [b.split for b in bags]
-        if self.folds or self.fold_column:
-            splits = list(self._fold_splits(bags, labels, groups))
+        folded = bool(self.folds or self.fold_column)
+        if folded:
+            splits = list(self._fold_splits())
+        share = self.val_fraction
+        if share is None:
+            share = 0.0 if folded else VAL_FRACTION
         own = groups if any(b.group for b in bags) else None
-        self._parts = assign_splits(splits, labels, own, self.val_fraction, self.test_fraction, self.seed)
+        self._parts = assign_splits(splits, labels, own, share, self.test_fraction, self.seed)
         if self.classes is None:
-            source = self._parts["train"] if len(self._parts["train"]) else np.arange(len(bags))
+            source = self._parts["train"]
+            if folded or not len(source):
+                source = np.arange(len(bags))
             self.classes = sorted({labels[i] for i in source}, key=class_key)
         return self._parts
 
-    def _fold_splits(self, bags: list[Bag], labels: list[str], groups: list[str]) -> list[str]:
+    def _folds(self) -> list[int]:
+        """The fold of each of `bags()`."""
+        bags = self.bags()
         if self.fold_column is None:
-            return folds(labels, groups, self.folds, self.fold, self.seed)
-        table = read_table(Path(str(self.labels or self.root)))
-        if self.fold_column not in table.column_names:
-            raise UserError(f"{self.labels or self.root} has no column {self.fold_column!r} (--data.fold_column)")
-        where = Path(str(self.labels or self.root))
-        bag = pick_column(table, self.columns["bag"], BAG_COLUMNS, "bag", True, where)
-        rows = table.select([bag, self.fold_column]).to_pylist()
-        try:
-            said = {str(r[bag]): int(r[self.fold_column]) for r in rows}
-        except (TypeError, ValueError):
-            text = f"{where.name}: column {self.fold_column!r} must hold a whole number in every row"
-            raise UserError(text) from None
-        missing = [b.id for b in bags if b.id not in said]
-        if missing:
-            raise UserError(f"{where.name} names no fold for bag {missing[0]} (and {len(missing) - 1} more)")
-        count = max(said.values()) + 1
-        if not 0 <= self.fold < count:
-            raise UserError(f"data.fold is {self.fold}: the table has folds 0 to {count - 1}")
-        names = {self.fold: "test", (self.fold + 1) % count: "val"}
-        return [names.get(said[b.id], "train") for b in bags]
+            return draw_folds([str(b.label) for b in bags], [b.group or b.id for b in bags], self.folds, self.seed)
+        table = self._table() or Path(str(self.root))
+        if self.root is None or not table.is_file():
+            raise UserError(f"data.fold_column {self.fold_column!r} needs a table of bags: give --data.labels TABLE")
+        return named_folds(bags, table, self.fold_column, self.columns["bag"])
+
+    def fold_numbers(self) -> list[int]:
+        return sorted(set(self._folds())) if self.folds or self.fold_column else []
+
+    def _fold_splits(self) -> list[str]:
+        where = self._folds()
+        if self.fold not in where:
+            known = sorted(set(where))
+            raise UserError(f"data.fold is {self.fold}: there are folds {known[0]} to {known[-1]}")
+        return ["test" if fold == self.fold else "train" for fold in where]
 
     def prepare(self, stage: str) -> None:
         if stage == "predict":
@@ -337,7 +348,7 @@ class BagData(DataModule):
         parts = self.parts()
         assert self.classes is not None
         for part in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
-            if not len(parts[part]):
+            if not len(parts[part]) and (stage, part) != ("fit", "val"):
                 raise UserError(f"{self.root or 'the embedded sample'} has no {part} part")
             unknown = {str(self.bags()[i].label) for i in parts[part]} - set(self.classes)
             if unknown:

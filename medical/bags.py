@@ -7,8 +7,11 @@ tables with a row an instance, and our packed layout, which is memory-mapped.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,10 @@ def checked(features: np.ndarray, coords: np.ndarray | None, meta: dict[str, Any
         raise BadSample(f"{name}: {len(features)} instances and coordinates of shape {list(coords.shape)}")
     if features.dtype not in (np.float16, np.float32):
         features = features.astype(np.float32)
+    # The sum is quick and only suspects: finite numbers may overflow it
+    if not np.isfinite(features.sum(dtype=np.float32)) and not np.isfinite(features).all():
+        row, column = np.argwhere(~np.isfinite(features))[0]
+        raise BadSample(f"{name}: feature {column} of instance {row} is {features[row, column]}")
     return Instances(features, coords, meta)
 
 
@@ -205,8 +212,9 @@ def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
         role: pick_column(table, columns[role], usual, role, False, path)
         for role, usual in (("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS), ("split", SPLIT_COLUMNS))
     }
-    taken = {bag, "instance", "fold", *roles.values()}
-    numeric = [f.name for f in table.schema if f.name not in taken
+    # What numbers or names an instance or a part is no feature
+    taken = {bag, "fold", columns.get("fold"), *roles.values()}
+    numeric = [f.name for f in table.schema if f.name not in taken and not f.name.lower().startswith("instance")
                and (pa.types.is_integer(f.type) or pa.types.is_floating(f.type))]  # fmt: skip
     if not numeric:
         raise UserError(f"{path.name} has no columns of numbers to take as features")
@@ -221,11 +229,10 @@ def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
         own = {role: {v[i] for i in rows} if v else {None} for role, v in said.items()}
         if len(own["label"]) > 1:
             raise UserError(f"{path.name}: the rows of bag {name} have different labels")
-        got = checked(values[rows], None, {}, name)
         first = {role: _text(next(iter(v))) for role, v in own.items()}
         if first["split"] is not None:
             first["split"] = split_name(first["split"], path)
-        bags.append(Bag(name, lambda got=got: got, **first))  # type: ignore[misc, arg-type]
+        bags.append(Bag(name, partial(checked, values[rows], None, {}, name), **first))  # type: ignore[arg-type]
     return bags
 
 
@@ -291,18 +298,49 @@ def apply_splits(bags: list[Bag], path: Path) -> list[Bag]:
     return known
 
 
-def folds(labels: Sequence[str], groups: Sequence[str], count: int, fold: int, seed: int) -> list[str]:
-    """Cross-validation by patient: `test` is the fold, `val` the next one, `train` the others.
+def draw_folds(labels: Sequence[str], groups: Sequence[str], count: int, seed: int) -> list[int]:
+    """The fold of each bag, 0 to `count` - 1: stratified by label, and no group in two of them. Raises UserError."""
+    if count < 2:
+        raise UserError(f"data.folds is {count}: 2 or more are needed")
+    where = np.full(len(labels), -1)
+    if max(Counter(labels).values()) >= count:
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            # A rare class is missing from some folds, which pooled results can bear
+            warnings.simplefilter("ignore")
+            for k, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+                where[test] = k
+    if len(set(where.tolist())) < count:
+        raise UserError(f"data.folds is {count}: {len(set(groups))} bags or patients are too few for so many folds")
+    return where.tolist()
 
-    Stratified by label; no group is on two sides.
+
+def named_folds(bags: Sequence[Bag], path: Path, column: str, bag_column: str | None) -> list[int]:
+    """The fold that a column of a table names for each bag.
+
+    Raises:
+        UserError: no such column, a bag without one whole number, or a patient in two folds.
     """
-    if not 3 <= count:
-        raise UserError(f"data.folds is {count}: 3 or more are needed")
-    if not 0 <= fold < count:
-        raise UserError(f"data.fold is {fold}: 0 to {count - 1} with {count} folds")
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    where = np.zeros(len(labels), dtype=int)
-    for k, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-        where[test] = k
-    names = {fold: "test", (fold + 1) % count: "val"}
-    return [names.get(int(w), "train") for w in where]
+    table = read_table(path)
+    if column not in table.column_names:
+        near = nearest(column, table.column_names)
+        hints = [f"did you mean {near[0]}?"] if near else [f"it has: {', '.join(table.column_names[:12])}"]
+        raise UserError(f"{path} has no column {column!r} (--data.fold_column)", hints)
+    bag = pick_column(table, bag_column, BAG_COLUMNS, "bag", True, path)
+    said: dict[str, int] = {}
+    try:
+        for name, value in zip(table[bag].to_pylist(), table[column].to_pylist(), strict=True):
+            fold = int(value)
+            if said.setdefault(str(name), fold) != fold:
+                raise UserError(f"{path.name}: bag {name} is in folds {said[str(name)]} and {fold} ({column})")
+    except (TypeError, ValueError):
+        raise UserError(f"{path.name}: column {column!r} must hold a whole number in every row") from None
+    missing = [b.id for b in bags if b.id not in said]
+    if missing:
+        raise UserError(f"{path.name} names no fold for bag {missing[0]} (and {len(missing) - 1} more)")
+    folds: dict[str, int] = {}
+    for b in bags:
+        if b.group is not None and folds.setdefault(b.group, said[b.id]) != said[b.id]:
+            both = f"{folds[b.group]} and {said[b.id]}"
+            raise UserError(f"{path.name}: patient {b.group} is in folds {both} of column {column!r}: keep each in one")
+    return [said[b.id] for b in bags]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from medical.bags import Bag, Instances, apply_labels, find_bags
 from polyhead.errors import BadSample, UserError
 from polyhead.files import atomic_write, write_text
+from polyhead.predictions import PredictionWriter
 from polyhead.sources import existing
 
 
@@ -57,6 +58,14 @@ def _rows(path: Path, dtype: str) -> Iterator[_Rows]:
             rows.finish()
 
 
+def _check_range(features: np.ndarray, dtype: np.dtype) -> None:
+    """Raise BadSample where a number is beyond the stored type, which would make it infinite."""
+    limit = float(np.finfo(dtype).max)
+    largest = float(np.abs(features).max())
+    if largest > limit:
+        raise BadSample(f"a feature of {largest:g} is beyond the {limit:g} of {dtype}: --dtype float32 holds it")
+
+
 def pack(bags: Sequence[Bag], folder: Path, dtype: Literal["float16", "float32"] = "float16") -> list[tuple[str, str]]:
     """Write bags into a folder, one in memory at a time; what cannot be read is left out.
 
@@ -72,6 +81,7 @@ def pack(bags: Sequence[Bag], folder: Path, dtype: Literal["float16", "float32"]
         for bag in tqdm(bags, "pack", leave=False, delay=2):
             try:
                 got = bag.read()
+                _check_range(got.features, features.dtype)
                 if features.count and got.features.shape[1] != features.width:
                     raise BadSample(f"{got.features.shape[1]} features an instance, the first bag has {features.width}")
             except BadSample as error:
@@ -113,15 +123,17 @@ def pack_command(
     labels: str | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     overwrite: bool = False,
+    strict: bool = False,
 ) -> None:
     """Convert bags of features (ACMIL, CLAM, TRIDENT, STAMP, a table) into one memory-mapped folder.
 
     Args:
         features: a file or a folder of them.
-        output: the folder to write, which `--data.root` then takes.
+        output: the folder to write, which `--data.root` then takes; errors.parquet says what was left out, and why.
         labels: a table with a row a bag, whose label, patient and split are kept too.
         dtype: of the features.
         overwrite: replace what is packed in the folder.
+        strict: exit with status 2 when a bag was left out.
     """
     folder = Path(output)
     if (folder / "packed.json").exists() and not overwrite:
@@ -131,7 +143,12 @@ def pack_command(
     if labels is not None:
         bags = apply_labels(bags, existing(labels), columns)
     failed = pack(bags, folder, dtype)
-    for name, why in failed:
-        print(f"left out {name}: {why}", file=sys.stderr)
+    (folder / "errors.parquet").unlink(missing_ok=True)
+    with PredictionWriter(folder) as errors:
+        for name, why in failed:
+            errors.add_error(name, why)
+            print(f"left out {name} of {features}: {why}", file=sys.stderr)
     print(f"{len(bags) - len(failed)} bags in {folder}; next: polyhead fit --config medical/acmil --data.root {folder}",
           file=sys.stderr)  # fmt: skip
+    if failed and strict:
+        raise UserError(f"{len(failed)} bags were left out: {folder / 'errors.parquet'} says why")

@@ -13,6 +13,7 @@ from torchmetrics.classification import BinaryAUROC
 from medical.acmil import ACMIL, bag_attention, losses
 from polyhead.classifier import Classifier
 from polyhead.columns import make_columns
+from polyhead.errors import UserError
 from polyhead.system import Signature
 
 # Bags above this are predicted in pieces
@@ -35,6 +36,8 @@ class SlideClassifier(Classifier):
         gate: width of the gated attention.
         dropout: see `medical.acmil.ACMIL`; the published one by default.
         aem: weight of AEM's entropy term.
+        smoothing: label smoothing in training.
+        input_dropout: share of each instance's features that training leaves out, anew every time.
         system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
     """
 
@@ -53,13 +56,18 @@ class SlideClassifier(Classifier):
         gate: int = 128,
         dropout: float | None = None,
         aem: float = 0.0,
+        smoothing: float = 0.0,
+        input_dropout: float = 0.0,
         **system: Any,
     ) -> None:
         super().__init__(facts, **system)
         mean = torch.tensor(self.facts["mean"])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", torch.tensor(self.facts["deviation"]), persistent=False)
-        self.aem = aem
+        for option, value in {"smoothing": smoothing, "input_dropout": input_dropout}.items():
+            if not 0 <= value < 1:
+                raise UserError(f"model.{option} is {value:g}: it must be at least 0 and below 1")
+        self.aem, self.smoothing, self.input_dropout = aem, smoothing, input_dropout
         self.network = ACMIL(
             len(mean), d_inner, len(self.classes), n_token, arch, n_masked_patch, mask_drop, gate, dropout
         )
@@ -103,8 +111,8 @@ class SlideClassifier(Classifier):
         )
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        output = self.network(self.standardise(batch["features"]), batch["present"])
-        return losses(output, batch["label"], self.aem)
+        features = F.dropout(self.standardise(batch["features"]), self.input_dropout, self.training)
+        return losses(self.network(features, batch["present"]), batch["label"], self.aem, self.smoothing)
 
     def make_metrics(self) -> MetricCollection:
         metrics = super().make_metrics()

@@ -226,15 +226,14 @@ def init_weights(system: System, saved: Saved) -> list[str]:
     return new
 
 
-def card(
-    name: str, model: dict[str, Any], data: dict[str, Any], metrics: dict[str, float], command: str
-) -> str:
+def card(name: str, model: dict[str, Any], data: dict[str, Any], metrics: dict[str, float], command: str) -> str:
     """The model card of a fresh bundle: what it is, what it was trained on, what was measured and how."""
     root = data.get("init_args", {}).get("root") or "the embedded sample"
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in sorted(metrics.items()))
+    table = f"| metric | value |\n|---|---|\n{rows}" if rows else "Nothing: all samples were for training."
     return (
         f"# {name}\n\n- Model: `{model['class_path']}`\n- Data: {Path(str(root)).name}\n- Licence: that of its data\n\n"
-        f"## Measured on the validation split\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+        f"## Measured on the validation split\n\n{table}\n\n"
         f"```\n{command}\n```\n"
     )
 

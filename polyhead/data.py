@@ -183,7 +183,12 @@ class DataModule(LightningDataModule):
 
     def plan(self) -> dict[str, str]:
         """Lines for the plan printed before a fit."""
-        return {split: f"{len(self.samples(split)):,} samples" for split in ("train", "val")}
+        counts = {split: len(self.samples(split)) for split in ("train", "val")}
+        return {split: f"{count:,} samples" if count else "none" for split, count in counts.items()}
+
+    def fold_numbers(self) -> list[int]:
+        """The values that its argument `fold` takes in a cross-validation; none where these data have no folds."""
+        return []
 
     def check(self) -> list[tuple[str, str]]:
         """Read everything; the id of what cannot be read, and why."""

@@ -212,6 +212,9 @@ class System(LightningModule):
         # What the data know about each sample stands beside what the model says
         return {**self.columns(batch, self(batch)), **batch.get("about", {})}
 
+    def _keeps_last(self) -> bool:
+        return any(getattr(c, "monitor", None) == LAST for c in self.trainer.checkpoint_callbacks)
+
     def _start(self, stage: str) -> None:
         self.metrics[stage] = self.make_metrics().to(self.device)
 
@@ -222,9 +225,14 @@ class System(LightningModule):
         self.results[stage] = {k: v.detach().cpu() for k, v in values.items()}
         scalars: dict[str, Any] = {f"{stage}/{k}": v for k, v in values.items() if v.numel() == 1}
         # The last epoch is the best where the validation part is too small to choose by
-        if stage == "val" and any(getattr(c, "monitor", None) == LAST for c in self.trainer.checkpoint_callbacks):
+        if stage == "val" and self._keeps_last():
             scalars[LAST] = float(self.current_epoch)
         self.log_dict(scalars, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        # Without a validation part an epoch ends here
+        if not sum(self.trainer.num_val_batches) and self._keeps_last():
+            self.log(LAST, float(self.current_epoch))
 
     def on_validation_epoch_start(self) -> None:
         self._start("val")

@@ -22,7 +22,7 @@ from polyhead.files import atomic_write
 from polyhead.progress import Progress
 from polyhead.report import write_report
 from polyhead.safe import read_checkpoint
-from polyhead.system import System
+from polyhead.system import LAST, System
 
 
 def say(text: str) -> None:
@@ -125,7 +125,9 @@ class PolyheadTrainer(Trainer):
         if datamodule is None:
             super().fit(model, train_dataloaders, val_dataloaders, None, ckpt_path)
             return
-        self._check_monitor(model)
+        datamodule.trainer = self
+        datamodule.setup("fit")
+        self._check_monitor(model, datamodule)
         if self.is_global_zero and not ckpt_path:
             self._plan(model, datamodule)
         try:
@@ -144,8 +146,10 @@ class PolyheadTrainer(Trainer):
             self.save_checkpoint(best)
         if best is not None:
             model.load_state_dict(read_checkpoint(best)["state_dict"])
-        super().validate(model, datamodule=datamodule, verbose=False)
-        if model.settle():
+        validated = len(datamodule.samples("val")) > 0
+        if validated:
+            super().validate(model, datamodule=datamodule, verbose=False)
+        if validated and model.settle():
             super().validate(model, datamodule=datamodule, verbose=False)
             if best is not None and self.is_global_zero:
                 checkpoint = read_checkpoint(best)
@@ -168,14 +172,18 @@ class PolyheadTrainer(Trainer):
         say(f"report: {report}")
         say(f"next: polyhead test --output {self.folder} --ckpt_path best")
 
-    def _check_monitor(self, model: System) -> None:
-        """Refuse a misspelt metric now; Lightning does after the first epoch."""
+    def _check_monitor(self, model: System, datamodule: DataModule) -> None:
+        """Refuse a misspelt metric now, and one of a missing part; Lightning does after the first epoch."""
         names = [f"val/{name}" for name in ("loss", "epoch", *model.make_metrics())]
         for monitor in {c.monitor for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)}:
             near = difflib.get_close_matches(monitor or "", names, n=1, cutoff=0.75)
             if monitor and monitor not in names and near:
                 text = f"--monitor {monitor} is no metric of {type(model).__name__}"
                 raise UserError(text, [f"did you mean {near[0]}?"])
+            if (monitor or "").startswith("val/") and monitor != LAST and not len(datamodule.samples("val")):
+                text = f"--monitor {monitor} needs a validation part, and these data have none"
+                raise UserError(text, ["cut one with --data.val_fraction 0.15, or keep the last weights: "
+                                       f"--monitor {LAST} --mode max"])  # fmt: skip
 
     def start_from(self, model: System, name: str) -> None:
         """Take the weights of a checkpoint, a bundle or a shipped model. Raises UserError when they do not fit."""
@@ -191,8 +199,6 @@ class PolyheadTrainer(Trainer):
 
     def _plan(self, model: System, datamodule: DataModule) -> None:
         """What is about to happen, in about ten lines."""
-        datamodule.trainer = self
-        datamodule.setup("fit")
         count = sum(p.numel() for p in model.parameters())
         length = f"{self.max_epochs} epochs of {datamodule.steps_per_epoch()} steps"
         stop = [c for c in self.early_stopping_callbacks if isinstance(c, EarlyStopping)]
@@ -211,7 +217,8 @@ class PolyheadTrainer(Trainer):
 
     def _store(self, model: System, stage: str) -> dict[str, float]:
         metrics = model.named_results(stage)
-        losses = {k.split("/", 1)[1]: float(v) for k, v in self.callback_metrics.items() if k.startswith(f"{stage}/")}
+        logged = {k: float(v) for k, v in self.callback_metrics.items() if k.startswith(f"{stage}/") and k != LAST}
+        losses = {k.split("/", 1)[1]: v for k, v in logged.items()}
         metrics = {**losses, **metrics}
         merge_json(self.folder / "metrics.json", stage, metrics)
         for name, value in metrics.items():

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medical.bag_data import BagData, BagSamples, planted_bags
-from medical.bags import Bag, find_bags, folds
+from medical.bags import Bag, draw_folds, find_bags
 from medical.packed import pack, pack_command
 from medical.tiles import TileEncoder
 from polyhead.errors import BadSample, UserError
+from polyhead.predictions import read_errors
 from tests.command import polyhead
 
 NONE: dict[str, str | None] = dict.fromkeys(("bag", "label", "group", "split"))
@@ -61,17 +62,63 @@ def test_what_is_no_bag_is_said(tmp_path: Path, features: np.ndarray, says: str)
         bags["one"].read()
 
 
+def bag_table(path: Path, patients: int) -> Path:
+    """Two bags of three instances a patient, with columns of folds; `torn` parts the bags of a patient."""
+    rows = [
+        (f"b{p}-{b}", f"p{p}", p % 2, p % 4 + 1, str(b)) for p in range(patients) for b in range(2) for _ in range(3)
+    ]
+    bag, patient, label, fold, torn = zip(*rows, strict=True)
+    features = np.random.default_rng(0).normal(size=(3, len(rows))) + np.array(label)
+    values = {"u": features[0], "v": features[1], "w": features[2]}
+    pq.write_table(pa.table({"bag": bag, "patient": patient, "label": label, "instance_index": np.arange(len(rows)),
+                             "round": fold, "torn": torn, **values}), path)  # fmt: skip
+    return path
+
+
 @settings(max_examples=25, deadline=None)
-@given(sizes=st.lists(st.integers(1, 4), min_size=12, max_size=30), fold=st.integers(0, 3), seed=st.integers(0, 5))
-def test_no_patient_is_on_two_sides(sizes: list[int], fold: int, seed: int) -> None:
+@given(sizes=st.lists(st.integers(1, 4), min_size=12, max_size=30), seed=st.integers(0, 5))
+def test_no_patient_is_in_two_folds(sizes: list[int], seed: int) -> None:
     groups = [f"p{i}" for i, n in enumerate(sizes) for _ in range(n)]
     labels = [str(hash((g, "label")) % 2) for g in groups]
-    where = folds(labels, groups, 4, fold, seed)
-    sides: dict[str, set[str]] = {}
+    where = draw_folds(labels, groups, 4, seed)
+    sides: dict[str, set[int]] = {}
     for group, part in zip(groups, where, strict=True):
         sides.setdefault(group, set()).add(part)
     assert all(len(parts) == 1 for parts in sides.values())
-    assert set(where) <= {"train", "val", "test"}
+    assert set(where) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_a_fold_is_tested_and_all_others_train_unless_some_are_asked_for(tmp_path: Path, share: float | None) -> None:
+    table = bag_table(tmp_path / "t.parquet", patients=20)
+    sides = []
+    for fold in range(5):
+        data = BagData(str(table), folds=5, fold=fold, val_fraction=share)
+        parts = {p: {data.bags()[i].group for i in where} for p, where in data.parts().items()}
+        assert not parts["train"] & parts["test"] and not parts["val"] & (parts["train"] | parts["test"])
+        assert bool(parts["val"]) == (share is not None) and len(set.union(*parts.values())) == 20
+        assert {data.bags()[i].label for i in data.parts()["test"]} == {"0", "1"}
+        sides.append(parts["test"])
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 20
+
+
+def test_folds_of_a_table_that_part_a_patient_are_refused(tmp_path: Path) -> None:
+    table = bag_table(tmp_path / "t.parquet", patients=20)
+    with pytest.raises(UserError, match=r"t.parquet: patient p0 is in folds 0 and 1 of column 'torn'"):
+        BagData(str(table), fold_column="torn").parts()
+    data = BagData(str(table), fold_column="round", fold=3)
+    assert data.fold_numbers() == [1, 2, 3, 4] and data.facts()["mean"] and len(data.facts()["mean"]) == 3
+    with pytest.raises(UserError, match="data.fold is 0: there are folds 1 to 4"):
+        BagData(str(table), fold_column="round").parts()
+
+
+def test_a_feature_that_is_no_number_is_said_with_its_place(tmp_path: Path) -> None:
+    table = pa.table({"bag": ["a", "a", "b"], "label": [0, 0, 1], "u": [1.0, float("nan"), 2.0]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(BadSample, match="a: feature 0 of instance 1 is nan"):
+        find_bags(tmp_path / "t.parquet", NONE)[0].read()
+    with pytest.raises(UserError, match="cannot read a: a: feature 0 of instance 1"):
+        BagData(str(tmp_path / "t.parquet"), val_fraction=0.0, test_fraction=0.0).facts()
 
 
 def test_every_bag_is_tested_once_over_the_folds(shared: Path) -> None:
@@ -245,6 +292,24 @@ def test_packing_streams_and_tells_what_it_left_out(tmp_path: Path, capsys: pyte
     assert all(np.array_equal(b.read().features, arrays[b.id]) for b in bags)
     with pytest.raises(UserError, match="is packed already"):
         pack_command(str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+def test_packing_leaves_out_what_it_could_not_keep(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    write_h5(root / "good.h5", np.ones((3, 2), np.float32))
+    write_h5(root / "huge.h5", np.array([[1, 70000], [1, 2]], np.float32))
+    write_h5(root / "hole.h5", np.array([[1, 2], [np.nan, 2]], np.float32))
+    done = polyhead("pack", "--features", root, "--output", tmp_path / "half")
+    assert done.status == 0 and "1 bags in" in done.err
+    said = {r["id"]: r["reason"] for r in read_errors(tmp_path / "half").to_pylist()}
+    assert said == {"huge": "a feature of 70000 is beyond the 65504 of float16: --dtype float32 holds it",
+                    "hole": "hole.h5: feature 0 of instance 1 is nan"}  # fmt: skip
+    assert f"left out hole of {root}: {said['hole']}\n" in done.err
+    assert np.isfinite(np.load(tmp_path / "half/features.npy")).all()
+    done = polyhead("pack", "--features", root, "--output", tmp_path / "whole", "--dtype", "float32", "--strict", True)
+    assert done.status == 2 and "1 bags were left out" in done.err
+    assert sorted(b.id for b in find_bags(tmp_path / "whole", NONE)) == ["good", "huge"]
 
 
 # What tables say of bags
