@@ -317,7 +317,8 @@ class PolyheadTrainer(Trainer):
         samples, errors = (self._sum(n) for n in (callback.samples, callback.errors))
         before = f" ({len(datamodule.done):,} were done before)" if datamodule.done else ""
         if self.is_global_zero:
-            say(f"{samples:,} samples predicted in {self.folder / 'predictions'}{before}")
+            where = f" in {self.folder / 'predictions'}" if samples or datamodule.done else ""
+            say(f"{samples:,} samples predicted{where}{before}")
         if errors:
             text = f"{errors:,} samples could not be read: {self.folder / 'errors.parquet'} says why"
             if strict:
