@@ -1,19 +1,22 @@
-"""MVPA against the published formulation, written here from its description, on the same weights.
+"""MVPA against the published formulation, written here from its description, and braindecode's, on the same weights.
 
 The reference repeats the time and channel scores over all pairs of tokens and forms, masks, scales and normalises
-the whole N x N matrix; the whole classifier beside it computes every token in its last block too.
+the whole N x N matrix; the whole classifier beside it computes every token in its last block too. braindecode's
+takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, measure, peak_memory
+from benchmarks.harness import Report, Timing, measure, peak_memory
+from checkpoints.converters.mvpformer import rename
 from timeseries.mvpformer import MVPA, MVPFormer
 
 # (channels, segments, heads); key-value heads as published where they divide
@@ -52,19 +55,38 @@ def reference(layer: MVPA, x: Tensor, positions: Tensor, channels: Tensor) -> Te
     return layer.c_proj(out)
 
 
-def build(count: int, steps: int, heads: int, ours: bool, backward: bool) -> Callable[[], object]:
+def peer() -> Any:
+    """braindecode's module, or None where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about names of montages, on import
+        try:
+            from braindecode.models import mvpformer
+        except ImportError:
+            return None
+    return mvpformer
+
+
+def build(count: int, steps: int, heads: int, contestant: str, backward: bool) -> Callable[[], object]:
     """A pass through one attention layer, projections included."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    width = heads * DIM
-    layer = MVPA(width, heads, heads // 3 if heads % 3 == 0 else heads)
+    width, groups = heads * DIM, heads // 3 if heads % 3 == 0 else heads
+    layer: Any = MVPA(width, heads, groups)
     x = torch.randn(1, steps, count, width)
     positions, channels = torch.randn(steps, width), torch.randn(count, width)
     each = torch.arange(count)
     index = count - 1 - (each[:, None] - each).abs()
+    if contestant == "braindecode":
+        weights = layer.state_dict()
+        layer = peer()._MVPAttention(width, heads, groups)
+        layer.load_state_dict(weights)
 
     def forward() -> Tensor:
-        return layer(x, positions, channels, index) if ours else reference(layer, x, positions, channels)
+        if contestant == "braindecode":
+            return layer(x, positions[None], channels[None])
+        return (
+            layer(x, positions, channels, index) if contestant == "ours" else reference(layer, x, positions, channels)
+        )
 
     def whole() -> None:
         layer.zero_grad()
@@ -73,13 +95,22 @@ def build(count: int, steps: int, heads: int, ours: bool, backward: bool) -> Cal
     return whole if backward else torch.no_grad()(forward)
 
 
-def classifier(count: int, ours: bool, small: bool = False) -> Callable[[], Tensor]:
+def classifier(count: int, contestant: str, small: bool = False) -> Callable[[], Tensor]:
     """A window of 25 segments through the classifier of size S, from the signal to the logits."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    options: dict[str, Any] = {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "inner": 256} if small else {}
+    sizes = (2, 128, 4, 2, 256) if small else (12, 768, 12, 4, 1728)
+    options: dict[str, Any] = dict(zip(("layers", "width", "heads", "kv_heads", "inner"), sizes, strict=True))
     model = MVPFormer(anchor="end", dropout=0.0, **options).eval()
     x = 50 * torch.randn(1, 25, count, 2560)
+    if contestant == "braindecode":
+        theirs = ("n_layers", "d_model", "n_heads", "n_head_kv", "d_inner")
+        other = peer().MVPFormer(n_outputs=2, n_chans=count, n_times=25 * 2560, sfreq=512, drop_prob=0.0,
+                                 **dict(zip(theirs, sizes, strict=True))).eval()  # fmt: skip
+        weights = model.state_dict()
+        other.load_state_dict({name: weights[key] for key, name in rename({k: k for k in other.state_dict()}).items()})
+        signal = x.transpose(1, 2).flatten(2)
+        return torch.inference_mode()(lambda: other(signal))
 
     def published() -> Tensor:
         h = model.embed(x)
@@ -89,43 +120,55 @@ def classifier(count: int, ours: bool, small: bool = False) -> Callable[[], Tens
             h = h + block.mlp(n) + reference(block.attn, n, positions, channels)  # type: ignore[operator, arg-type]
         return model.head(model.mvpformer.ln_f(h)[:, -1].mean(1))
 
-    return torch.inference_mode()((lambda: model(x).logits) if ours else published)
+    return torch.inference_mode()((lambda: model(x).logits) if contestant == "ours" else published)
+
+
+def contestants() -> list[str]:
+    return ["published", *(["braindecode"] if peer() else []), "ours"]
+
+
+def gap(outputs: Iterable[Tensor]) -> float:
+    """The largest difference from the first."""
+    first, *others = outputs
+    return max(float((first - other).abs().max()) for other in others)
+
+
+def ratios(timing: dict[str, Timing]) -> dict[str, float]:
+    """How much faster ours is than each of the others."""
+    return {f"times {n}": t.cpu / timing["ours"].cpu for n, t in timing.items() if n != "ours"}
 
 
 def compare(count: int, steps: int, heads: int, backward: bool, rounds: int) -> dict[str, Any]:
-    passes = {name: build(count, steps, heads, name == "ours", backward) for name in ("published", "ours")}
-    gap = float("nan")
-    if not backward:
-        a, b = (p() for p in passes.values())
-        gap = float((a - b).abs().max())  # type: ignore[operator]
+    passes = {name: build(count, steps, heads, name, backward) for name in contestants()}
+    difference = None if backward else gap(p() for p in passes.values())  # type: ignore[misc]
     timing = measure(passes, rounds, warmup=1)
     del passes
-    memory = {n: peak_memory(build, count, steps, heads, n == "ours", backward, passes=1) for n in timing}
+    memory = {n: peak_memory(build, count, steps, heads, n, backward, passes=1) for n in timing}
     what = "forward + backward" if backward else "forward"
     row: dict[str, Any] = {"C x T": f"{count} x {steps}", "heads": heads, "pass": what}
     for name, timed in timing.items():
         row |= {f"{name} CPU ms": 1e3 * timed.cpu, f"{name} MB": memory[name] and memory[name] / 1e6}  # type: ignore[operator]
-    row["times faster"] = timing["published"].cpu / timing["ours"].cpu
+    row |= ratios(timing)
     if memory["ours"] and memory["published"]:
         row["times less memory"] = memory["published"] / memory["ours"]
-    row["largest difference"] = None if backward else gap
+    row["largest difference"] = difference
     return row
 
 
 def whole(count: int, rounds: int, small: bool) -> dict[str, Any]:
-    passes = {name: classifier(count, name == "ours", small) for name in ("published", "ours")}
-    gap = float((passes["published"]() - passes["ours"]()).abs().max())
+    passes = {name: classifier(count, name, small) for name in contestants()}
+    difference = gap(p() for p in passes.values())
     timing = measure(passes, rounds, warmup=0)
     row: dict[str, Any] = {"C x T": f"{count} x 25"}
     row |= {f"{name} CPU s": t.cpu for name, t in timing.items()}
-    return row | {"times faster": timing["published"].cpu / timing["ours"].cpu, "largest difference": gap}
+    return row | ratios(timing) | {"largest difference": difference}
 
 
 def growth(sizes: tuple[tuple[int, int], ...], rounds: int) -> list[dict[str, Any]]:
     """Our forward pass alone, beside how pairs in the band and scores of far keys grow."""
     rows = []
     for count, steps in sizes:
-        timing = measure({"ours": build(count, steps, 4, True, False)}, rounds, warmup=1)["ours"]
+        timing = measure({"ours": build(count, steps, 4, "ours", False)}, rounds, warmup=1)["ours"]
         tokens = count * steps
         band = sum(min(t + 1, 11) for t in range(steps - 1)) + steps
         pairs = tokens * count * (steps + 1) / 2
@@ -173,5 +216,7 @@ def run(command: str, threads: int, quick: bool, only: str) -> Report:
         "One attention layer with its projections, batch 1, heads of width 64, float32; memory is what a pass takes "
         "beside weights and input. The whole classifier is of size S, from microvolts to logits.",
     ]
+    if not peer():
+        notes.append("braindecode is not installed here: `make bench-peers`, then the same with its python")
     tables = {"one attention layer": rows, "the whole classifier, one window": wholes, "how ours grows": grown}
     return Report("mvpformer", command, tables, notes)
