@@ -52,6 +52,7 @@ SAME_NETWORK = {
     "vision/shvit": "vision/shvit_digits",
     "vision/shvit_probe": "vision/shvit_transfer",
     "medical/acmil_images": "medical/acmil",
+    "medical/acmil_tables": "medical/acmil",
     "recsys/sasrec": "recsys/mqsa_ted",
 }
 # Exporters that take so long to trace these, in seconds of one core, that only `make test-all` waits for them
