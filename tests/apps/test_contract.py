@@ -40,7 +40,9 @@ SMALL_DATA: dict[str, dict[str, Any]] = {
     "timeseries/mvpformer_pretrain": {"hours": 0.0125},
 }
 # Weights that no loss reaches, and why: recipe -> {beginning of their names: reason}
-WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
+WITHOUT_GRADIENT: dict[str, dict[str, str]] = {
+    "medical/acmil_tables": {"network.classifier.0": "a single branch is the bag: only the head of the bag is trained"}
+}
 # Biases before a batch norm, which takes any constant away: what gradient they get is rounding
 BEFORE_NORM = ("LA_conv1.bias", "LA_conv2.bias")
 # Exports that a system does not have, and why: (recipe, format) -> reason
