@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -379,12 +380,14 @@ class BagData(DataModule):
             raise UserError("no training bag can be read")
         mean = total / count
         deviation = np.sqrt(np.maximum(square / count - mean**2, 0))
-        deviation[deviation < 1e-6] = 1.0
+        # What does not vary within the precision of its values is constant, whatever its unit
+        deviation[deviation <= 1e-6 * np.abs(mean)] = 1.0
         self._width = len(mean)
         if not self.standardise:
             mean, deviation = np.zeros_like(mean), np.ones_like(mean)
-        self.mean = [round(float(v), 6) for v in mean]
-        self.deviation = [round(float(v), 6) for v in deviation]
+        digits = [6 + max(0, math.ceil(-math.log10(d))) for d in deviation]
+        self.mean = [round(float(v), d) for v, d in zip(mean, digits, strict=True)]
+        self.deviation = [round(float(v), d) for v, d in zip(deviation, digits, strict=True)]
 
     def facts(self) -> dict[str, Any]:
         if self.classes is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -110,6 +111,21 @@ def test_folds_of_a_table_that_part_a_patient_are_refused(tmp_path: Path) -> Non
     assert data.fold_numbers() == [1, 2, 3, 4] and data.facts()["mean"] and len(data.facts()["mean"]) == 3
     with pytest.raises(UserError, match="data.fold is 0: there are folds 1 to 4"):
         BagData(str(table), fold_column="round").parts()
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e6])
+def test_standardised_features_know_no_unit(tmp_path: Path, unit: float) -> None:
+    table = pq.read_table(bag_table(tmp_path / "t.parquet", patients=20))
+    for name in ("u", "v", "w"):
+        table = table.set_column(table.column_names.index(name), name, pc.multiply(table[name], unit))
+    pq.write_table(table.append_column("same", pa.array([7.0 * unit] * len(table))), tmp_path / "t.parquet")
+    data = BagData(str(tmp_path / "t.parquet"), folds=5)
+    facts = data.facts()
+    train = np.concatenate([data.bags()[i].read().features for i in data.parts()["train"]])
+    scaled = (train - np.array(facts["mean"])) / np.array(facts["deviation"])
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(scaled[:, :-1].std(0), 1, atol=1e-4)
+    assert np.abs(scaled[:, -1]).max() < 1e-4
 
 
 def test_a_feature_that_is_no_number_is_said_with_its_place(tmp_path: Path) -> None:
