@@ -17,10 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
 
 from medical.bag_data import BagData, BagSamples, planted_bags
 from medical.bags import Bag, draw_folds, find_bags
 from medical.packed import pack, pack_command
+from medical.tasks import SlideClassifier
 from medical.tiles import TileEncoder
 from polyhead.errors import BadSample, UserError
 from polyhead.predictions import read_errors
@@ -382,3 +384,22 @@ def test_folds_of_a_table_must_be_whole_and_complete(tmp_path: Path) -> None:
                 bag.label = "a"
         with pytest.raises(UserError, match=text):
             data.parts()
+
+
+def test_restraint_is_for_training_alone() -> None:
+    facts = {"classes": ["a", "b"], "mean": [0.0] * 6, "deviation": [1.0] * 6}
+    torch.manual_seed(0)
+    plain = SlideClassifier(facts, d_inner=8, gate=4, n_token=2, n_masked_patch=0)
+    held = SlideClassifier(facts, d_inner=8, gate=4, n_token=2, n_masked_patch=0, smoothing=0.2, input_dropout=0.5)
+    held.load_state_dict(plain.state_dict())
+    batch = {"features": torch.randn(3, 5, 6), "present": torch.ones(3, 5, dtype=torch.bool),
+             "label": torch.tensor([0, 1, 1]), "id": ["x", "y", "z"]}  # fmt: skip
+    assert torch.equal(plain.eval()(batch)["logits"], held.eval()(batch)["logits"])
+    # Without dropout, smoothed cross-entropy is the mixture of that of the label and that of all classes
+    logits = plain(batch)["logits"]
+    wanted = 0.8 * F.cross_entropy(logits, batch["label"]) - 0.2 * logits.log_softmax(-1).mean()
+    assert torch.allclose(held.losses(batch)["bag"], wanted)
+    assert not torch.equal(held.train().losses(batch)["bag"], held.losses(batch)["bag"])
+    assert torch.equal(plain.train().losses(batch)["bag"], plain.losses(batch)["bag"])
+    with pytest.raises(UserError, match="model.input_dropout is 1"):
+        SlideClassifier(facts, input_dropout=1.0)
