@@ -202,8 +202,8 @@ def large_build(items: int, rows: int) -> Callable[[], object]:
 
 
 def gemm_floor(positions: int, items: int) -> float:
-    """CPU seconds of the six matrix products of an epoch, at the rate of (128 x 64)(64 x items)."""
-    a, b, out = torch.randn(128, 64), torch.randn(items, 64), torch.empty(128, items)
+    """CPU seconds of the six matrix products of an epoch, at the rate of (items x 64)(64 x 128)."""
+    a, b, out = torch.randn(items, 64), torch.randn(128, 64), torch.empty(items, 128)
     seconds = measure({"product": lambda: torch.mm(a, b.T, out=out)}, rounds=50)["product"].cpu
     return 6 * positions / 128 * seconds
 
