@@ -25,8 +25,8 @@ LIGHTNING = {
 OWN = {
     "models": ("apps.models:main", "list systems, variants and shipped models"),
     "doctor": ("apps.doctor:main", "check the installation and, with --data.root, a data set"),
-    "cross-validate": ("apps.cross_validate:main", "fit and test every fold of the data in turn, and pool the results"),
     "convert": ("apps.convert:main", "turn a published checkpoint into a bundle"),
+    "cross-validate": ("apps.cross_validate:main", "fit and test every fold of the data in turn, and pool the results"),
 }
 # A domain's own commands: name -> (dotted name, one line); imported when called
 DOMAIN: dict[str, tuple[str, str]] = {
