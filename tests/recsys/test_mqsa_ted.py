@@ -112,7 +112,7 @@ def problem(rows: int, scale: float, seed: int, share: bool) -> tuple[Tensor, Te
     return hidden, table, Targets(row, item, weight / total[row], base / total if share else None)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 @pytest.mark.parametrize(("padding_class", "floor", "share"), [(True, False, False), (False, True, True)])
 def test_the_loss_in_chunks_is_the_dense_one(
