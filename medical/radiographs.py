@@ -186,23 +186,19 @@ class RadiographFiles:
         return self.identify(index).image
 
 
-class Identified(Samples):
+class Identified:
     """Samples of prediction: `image`, and `patient`, `study` and `instance` (empty where a file names none)."""
 
     def __init__(self, ids: Sequence[str], files: RadiographFiles, square: Square) -> None:
-        self._ids, self.files, self.square = list(ids), files, square
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return self._ids
+        self.ids, self.files, self.square = list(ids), files, square
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def load(self, index: int, epoch: int) -> dict[str, Any]:
         reading = self.files.identify(index)
         image = to_tensor(self.square(reading.image))
-        return {"id": self._ids[index], "image": image, **reading.identifiers._asdict()}
+        return {"id": self.ids[index], "image": image, **reading.identifiers._asdict()}
 
 
 # Augmenting

@@ -146,7 +146,7 @@ def cut(picture: np.ndarray, face: Face, side: int) -> np.ndarray:
     return crop(picture, face.box, side) if face.points is None else align(picture, face.points, side)
 
 
-class FacesInPhotos(Samples):
+class FacesInPhotos:
     """Photographs as samples of prediction: `image` uint8 `[F, 3, S, S]`, a row a face, with its box.
 
     Raises BadSample for a photograph without a face.
@@ -155,14 +155,10 @@ class FacesInPhotos(Samples):
     def __init__(
         self, ids: Sequence[str], files: Callable[[int], Image.Image], square: Square, yunet: str | None
     ) -> None:
-        self._ids, self.files, self.square, self.yunet = list(ids), files, square, yunet
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return self._ids
+        self.ids, self.files, self.square, self.yunet = list(ids), files, square, yunet
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     def load(self, index: int, epoch: int) -> dict[str, Any]:
         picture = np.asarray(self.files(index))
@@ -176,7 +172,7 @@ class FacesInPhotos(Samples):
             "detector_score": [float(f.score) for f in faces],
             "aligned": [f.points is not None for f in faces],
         }
-        return {"id": self._ids[index], "image": torch.stack(found), "faces": about}
+        return {"id": self.ids[index], "image": torch.stack(found), "faces": about}
 
 
 class FaceData(PictureData):
