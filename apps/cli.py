@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from apps import recipes
 from apps.messages import Call, Complaint, class_keys, ignored, option_name, parameters, plain
@@ -27,7 +27,7 @@ from polyhead import bundle
 from polyhead.callbacks import Curves, GeneratorState, LastCheckpoint
 from polyhead.data import DataModule
 from polyhead.encoders import without_weights
-from polyhead.errors import UserError
+from polyhead.errors import Terminated, UserError
 from polyhead.files import write_text
 from polyhead.system import System
 from polyhead.trainer import PolyheadTrainer
@@ -115,7 +115,9 @@ class PolyheadCLI(LightningCLI):
             )
         except BaseException as error:
             self._take_back()
-            # Lightning makes an interrupt an exit with status 1
+            # Lightning makes an interrupt an exit with status 1, and SIGTERM one with 0
+            if isinstance(error, SIGTERMException):
+                raise Terminated(*self._how_to_go_on()) from error
             if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt(*self._how_to_go_on()) from error
             raise

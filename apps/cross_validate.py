@@ -34,10 +34,12 @@ DECIDED = {
     "seed_everything": "--seeds says them",
     "ckpt_path": "every fold is a new training",
     "resume": "what is finished is left alone without being told",
+    "overwrite": "for a new start give a new --output",
+    "trainer.fast_dev_run": "every fold is a whole training",
     "trainer.devices": "a fold is fitted on one device",
 }
 SETTINGS, TESTED = "cross-validation.yaml", "test.parquet"
-# Of the results that are pooled
+# What is measured over the rows of all folds together
 RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece")
 
 
@@ -57,11 +59,12 @@ class _Rows(Callback):
                               "label": str(outputs["label"][i]), "probabilities": probabilities})  # fmt: skip
 
 
-def _fit_and_test(words: Sequence[str], folder: Path) -> None:
+def _fit_and_test(words: Sequence[str], folder: Path, init_from: str | None) -> None:
     """One fold: a run folder as `fit` and `test` leave it, and the rows of its test part."""
     # A training that was stopped goes on; one that has not begun has nothing to go on from
     begun = (folder / "checkpoints/last.ckpt").is_file()
-    cli = PolyheadCLI("fit", [*words, "--output", str(folder), "--resume" if begun else "--overwrite"])
+    start = ["--resume"] if begun else ["--overwrite", *(["--init_from", init_from] if init_from else [])]
+    cli = PolyheadCLI("fit", [*words, "--output", str(folder), *start])
     trainer: Any = cli.trainer
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -71,6 +74,8 @@ def _fit_and_test(words: Sequence[str], folder: Path) -> None:
     rows = _Rows(cli.model.classes)
     trainer.callbacks.append(rows)
     trainer.predict(cli.model, cli.datamodule.test_dataloader())
+    if not rows.rows:
+        raise UserError(f"{folder.name} has no test sample that can be read")
     with atomic_write(folder / TESTED) as temporary:
         pq.write_table(pa.Table.from_pylist(rows.rows), temporary)
 
@@ -97,13 +102,13 @@ def _settings(words: list[str], folds: int | None) -> tuple[dict[str, Any], list
 def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder whose folds were fitted with other settings."""
     path = output / SETTINGS
-    if any(output.glob(f"seed-*/fold-*/{TESTED}")):
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: a folder is needed")
+    if any(output.glob("seed-*/fold-*")):
         before = read_yaml(path) if path.is_file() else None
         if before != settings:
             hint = f"its settings are in {path}" if path.is_file() else "it lacks its settings"
             raise UserError(f"{output} holds folds of other settings: choose another --output", [hint])
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: a folder is needed")
     write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
@@ -146,8 +151,8 @@ def _collect(output: Path, seeds: list[int], folds: list[int]) -> None:
                      if k.startswith("test/") and not k.endswith((".low", ".high"))}  # fmt: skip
             by_fold.append({"seed": seed, "fold": fold, "n": len(rows), **shown})
             of_seed += [{"seed": seed, "fold": fold, **r} for r in rows]
-        classes = read_yaml(output / f"seed-{seed}/fold-{folds[0]}/bundle/config.yaml")["model"]["init_args"]["facts"]
-        by_seed.append({"seed": seed, "n": len(of_seed), **_pooled(of_seed, classes["classes"])})
+        facts = read_yaml(output / f"seed-{seed}/fold-{folds[0]}/bundle/config.yaml")["model"]["init_args"]["facts"]
+        by_seed.append({"seed": seed, "n": len(of_seed), **_pooled(of_seed, facts["classes"])})
         everything += of_seed
     names = [n for n in by_seed[0] if n not in ("seed", "n")]
     values = {n: np.array([r[n] for r in by_seed]) for n in names}
@@ -185,6 +190,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--folds", type=int, help="draw so many, by class and patient; else --data.fold_column names them"
     )
+    parser.add_argument("--init_from", help="start every fold from these weights, as fit does")
     parser.add_argument("--seeds", type=_seeds, default=[0], help="with commas between (default 0)")
     options, words = parser.parse_known_args(arguments)
     for name in filter(None, map(option_name, words)):
@@ -192,6 +198,8 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"cross-validate has no option --{name}: {DECIDED[name]}")
     output = Path(options.output)
     settings, folds, words = _settings(words, options.folds)
+    if options.init_from:
+        settings["init_from"] = options.init_from
     _claim(output, settings)
     runs = [(seed, fold) for seed in options.seeds for fold in folds]
     left = [run for run in runs if not (output / f"seed-{run[0]}/fold-{run[1]}" / TESTED).is_file()]
@@ -205,9 +213,9 @@ def main(arguments: list[str]) -> int:
         try:
             # What a single fit would say, for each of them
             with (output / "log.txt").open("a", encoding="utf-8") as log, redirect_stderr(log):
-                _fit_and_test(each, folder)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on where it stopped") from None
+                _fit_and_test(each, folder, options.init_from)
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)("the same command goes on where it stopped") from None
         found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         rest = (time.monotonic() - started) / number * (len(left) - number)
         print(f"seed {seed} fold {fold}: accuracy {found['test/accuracy']:.3f}, {len(left) - number} to go, "

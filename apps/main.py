@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 import polyhead
-from polyhead.errors import UserError, causes, nearest, reason
+from polyhead.errors import Terminated, UserError, causes, nearest, reason
 
 # Threads that wait for each other without sleeping cost several times their work on a machine that does more
 # than this; it must be said before torch is imported
@@ -122,10 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except KeyboardInterrupt as interrupt:
-        print("polyhead: interrupted", file=sys.stderr)
+        terminated = isinstance(interrupt, Terminated)
+        print(f"polyhead: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         for hint in interrupt.args:
             print(f"  {hint}", file=sys.stderr)
-        return 130
+        return 143 if terminated else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -20,6 +20,10 @@ class UserError(Exception):
         self.hints = list(hints)[:4]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it: an interrupt with the status 143."""
+
+
 class BadSample(Exception):
     """One sample cannot be read; `str(error)` is the reason in one line."""
 

@@ -64,9 +64,7 @@ def split_indices(
     return {name: np.sort(parts[name]) for name in names}
 
 
-def _cut(
-    rest: np.ndarray, classes: np.ndarray, share: float, seed: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _cut(rest: np.ndarray, classes: np.ndarray, share: float, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     keep, cut = [], []
     # Class by class, so that a rare one is on both sides too
     for kind in np.unique(classes[rest]):
@@ -89,16 +87,12 @@ def _cut_groups(
     own = np.unique(classes[rest], return_inverse=True)[1]
     number = len(np.unique(groups[rest]))
     if number < 2:
-        raise UserError(
-            f"{number} group is too few to cut off a part for {name}: all samples are of one group"
-        )
+        raise UserError(f"{number} group is too few to cut off a part for {name}: all samples are of one group")
     # At least one group on either side
     size = min(max(round(share * number), 1), number - 1)
     total = np.bincount(own)
     best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for keep, cut in GroupShuffleSplit(GROUP_DRAWS, test_size=size, random_state=seed).split(
-        rest, own, groups[rest]
-    ):
+    for keep, cut in GroupShuffleSplit(GROUP_DRAWS, test_size=size, random_state=seed).split(rest, own, groups[rest]):
         got = np.bincount(own[cut], minlength=len(total))
         unfair = np.abs(got / total - share).sum()
         # A class that is on one side only cannot be learnt or cannot be judged
@@ -128,6 +122,9 @@ def assign_splits(
         splits: `train`, `val`, `test` or None, a sample.
         labels, groups, seed: as for `split_indices`.
         val_fraction, test_fraction: shares of what is cut: of all samples, or of the training part.
+
+    Raises:
+        UserError: a group stands in two of the parts that the data name; as for `split_indices`.
     """
     names = np.array([s or "" for s in splits])
     parts = {name: np.flatnonzero(names == name) for name in ("train", "val", "test")}
@@ -139,12 +136,29 @@ def assign_splits(
             total = f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g}"
             raise UserError(f"{total} leave no training part: they must add up to less than 1")
         return split_indices(labels, groups, {k: max(v, 0.0) for k, v in shares.items()}, seed)
+    if groups is not None:
+        _check_apart(parts, groups)
     train = parts["train"]
     if len(train) and not len(parts["val"]) and val_fraction > 0:
         shares = {"train": 1 - val_fraction, "val": val_fraction}
         cut = split_indices(_of(labels, train), _of(groups, train), shares, seed)
         parts["train"], parts["val"] = train[cut["train"]], train[cut["val"]]
     return parts
+
+
+def _check_apart(parts: Mapping[str, np.ndarray], groups: Sequence[Any]) -> None:
+    sides: dict[Any, set[str]] = {}
+    for name, indices in parts.items():
+        for group in (groups[i] for i in indices):
+            sides.setdefault(group, set()).add(name)
+    torn = [g for g, names in sides.items() if g is not None and len(names) > 1]
+    if torn:
+        where = " and ".join(n for n in parts if n in sides[torn[0]])
+        raise UserError(
+            f"group {torn[0]!r} is in {where} ({len(torn)} of {len(sides)} groups are in two parts): what belongs "
+            "to one patient or subject must be in one part",
+            ["mend the parts that the data name, or leave them out to have them cut by group"],
+        )
 
 
 def _of(values: Sequence[Any] | None, indices: np.ndarray) -> list[Any] | None:

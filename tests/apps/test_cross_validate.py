@@ -89,6 +89,25 @@ def test_finished_folds_are_left_alone_and_other_settings_refused(done: Path, ta
     assert lost.read_bytes() == before
     other = validate(table, done, "--folds", FOLDS, "--model.d_inner", 32)
     assert other.status == 2 and "holds folds of other settings" in other.err
+    started = validate(table, done, "--folds", FOLDS, "--init_from", done / "seed-0/fold-0/bundle")
+    assert started.status == 2 and "holds folds of other settings" in started.err
+
+
+def test_a_fold_that_was_begun_is_not_ended_with_other_settings(done: Path, table: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "cv"
+    (begun / "seed-0/fold-0").mkdir(parents=True)
+    (begun / "cross-validation.yaml").write_bytes((done / "cross-validation.yaml").read_bytes())
+    run = validate(table, begun, "--folds", FOLDS, "--model.d_inner", 32)
+    assert run.status == 2 and "holds folds of other settings" in run.err
+
+
+def test_a_fold_without_a_readable_bag_is_named(table: Path, tmp_path: Path) -> None:
+    bags = pq.read_table(table)
+    broken = [float("nan") if part == 1 else 0.0 for part in bags["part"].to_pylist()]
+    pq.write_table(bags.append_column("f4", pa.array(broken)), tmp_path / "bags.parquet")
+    run = validate(tmp_path / "bags.parquet", tmp_path / "cv", "--data.fold_column", "part", "--data.on_error", "skip")
+    assert run.status == 2 and "fold-1 has no test sample that can be read" in run.err
+    assert not (tmp_path / "cv/seed-0/fold-1/test.parquet").exists()
 
 
 def test_a_fold_is_what_fit_and_test_make_of_it(done: Path, table: Path, tmp_path: Path) -> None:
@@ -117,6 +136,7 @@ def test_a_column_names_the_folds(table: Path, tmp_path: Path) -> None:
         (("--folds", 100), "too few for so many folds"),
         (("--folds", 3, "--seeds", "0,x"), "--seeds 0,x"),
         (("--folds", 3, "--data.fold", 1), "no option --data.fold: every fold has its turn"),
+        (("--folds", 3, "--overwrite"), "no option --overwrite: for a new start"),
         (("--folds", 3, "--model.nothing", 1), "nothing"),
         (("--folds", 3, "--monitor", "val/auroc"), "needs a validation part"),
     ],

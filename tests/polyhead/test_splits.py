@@ -107,3 +107,11 @@ def test_shares_that_leave_no_training_part_are_refused() -> None:
 
 def test_numbers_are_sorted_as_numbers() -> None:
     assert sorted(["10", "9", "b", "a", "-1"], key=class_key) == ["-1", "9", "10", "a", "b"]
+
+
+def test_a_group_on_two_named_sides_is_refused() -> None:
+    splits, groups = ["train", "train", "val", "test"], ["a", "b", None, "b"]
+    with pytest.raises(UserError, match=r"group 'b' is in train and test \(1 of 3 groups"):
+        assign_splits(splits, ["x"] * 4, groups, 0.2, 0.2, 0)
+    parts = assign_splits(splits, ["x"] * 4, ["a", "b", None, None], 0.2, 0.2, 0)
+    assert parts["test"].tolist() == [3]
