@@ -21,16 +21,18 @@ from medical.bags import (
     Instances,
     apply_labels,
     apply_splits,
+    checked,
     draw_folds,
     find_bags,
     named_folds,
     pick_column,
     read_table,
+    table_columns,
 )
 from medical.image_bags import image_folders
 from medical.tiles import TileEncoder
 from polyhead.data import DataModule, Samples, Split, Unreadable, collate, generator
-from polyhead.errors import BadSample, UserError
+from polyhead.errors import BadSample, UserError, reason
 from polyhead.sources import IMAGE_SUFFIXES, existing, find
 from polyhead.splits import assign_splits, class_key
 
@@ -120,6 +122,15 @@ class BagSamples:
         return sample
 
 
+def _array(item: Any, name: str) -> Instances:
+    """Features `[N, F]` that were given. Raises BadSample."""
+    try:
+        values = np.asarray(item, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise BadSample(f"{name} holds no numbers: {reason(error)}") from error
+    return checked(values, None, {}, name)
+
+
 class BagData(DataModule):
     """Bags of instances: feature files, tables, packed features, or images cut into tiles by an encoder.
 
@@ -149,6 +160,7 @@ class BagData(DataModule):
             where each bag counts.
         test_fraction: share of a test part that the data do not name.
         bag_column, label_column, group_column, split_column: columns; by usual names if None.
+        feature_columns: of a table with a row an instance; all other columns of numbers if None.
         batch_size, num_workers, seed, on_error: see `polyhead.data.DataModule`.
     """
 
@@ -179,6 +191,7 @@ class BagData(DataModule):
         label_column: str | None = None,
         group_column: str | None = None,
         split_column: str | None = None,
+        feature_columns: list[str] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
         seed: int = 0,
@@ -199,6 +212,7 @@ class BagData(DataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.columns = {"bag": bag_column, "label": label_column, "group": group_column, "split": split_column,
                         "fold": fold_column}  # fmt: skip
+        self.feature_columns = feature_columns
         self._bags: list[Bag] | None = None
         self._parts: dict[str, np.ndarray] = {}
         self._encoder: TileEncoder | None = None
@@ -250,12 +264,25 @@ class BagData(DataModule):
 
     def _image_bags(self, everything: bool) -> list[Bag]:
         assert self.root is not None
-        entries = find(self.root, self.name, everything=everything, label_column=self.columns["label"],
-                       group_column=self.columns["group"], split_column=self.columns["split"],
-                       path_column=self.columns["bag"])  # fmt: skip
+        # A table that was given speaks of all images; one beside them is found with them
+        given = Path(self.labels) if self.labels is not None and not everything else None
+        entries = find(self.root, self.name, everything=everything or given is not None,
+                       label_column=self.columns["label"], group_column=self.columns["group"],
+                       split_column=self.columns["split"], path_column=self.columns["bag"])  # fmt: skip
         encoder = self._own_encoder(self._truth())
         reads = [partial(encoder.read, e.id, e.location) for e in entries]
+        if given is not None:
+            bags = [Bag(e.id, r, mirrored=r) for e, r in zip(entries, reads, strict=True)
+                    if Path(e.id).suffix.lower() in IMAGE_SUFFIXES]  # fmt: skip
+            return apply_labels(bags, given, self.columns)
         return [Bag(e.id, r, e.label, e.group, e.split, r) for e, r in zip(entries, reads, strict=True)]
+
+    def _named_features(self) -> list[str] | None:
+        """The columns of features of a table, by which a later one is read too."""
+        path = Path(str(self.root))
+        if self.feature_columns is None and self.mean is None and path.suffix in (".csv", ".tsv", ".parquet"):
+            self.feature_columns = table_columns(path, self.columns, None)[2]
+        return self.feature_columns
 
     def _truth(self) -> dict[str, np.ndarray] | None:
         """Boxes `[n, 4]` (xmin, ymin, xmax, ymax) of every image that has some."""
@@ -286,7 +313,7 @@ class BagData(DataModule):
         elif self.encoder_name is not None:
             bags = self._folder_bags(everything) or self._image_bags(everything)
         else:
-            bags = find_bags(self.root, self.columns)
+            bags = find_bags(self.root, self.columns, self._named_features())
             table = self._table()
             # A table of labels says nothing of bags that are to be predicted
             if table is not None and not everything:
@@ -374,6 +401,8 @@ class BagData(DataModule):
                 if self.on_error == "raise":
                     raise UserError(f"cannot read {self.bags()[index].id}: {error}") from error
                 continue
+            if not np.isfinite(features.sum()):
+                raise UserError(f"bag {self.bags()[index].id} holds a number that is not finite: pack or mend it anew")
             total, square = total + features.sum(0), square + (features**2).sum(0)
             count += len(features)
         if not count:
@@ -393,7 +422,8 @@ class BagData(DataModule):
         if self.classes is None:
             self.parts()
         self._measure()
-        return {"classes": self.classes, "mean": self.mean, "deviation": self.deviation, "instances": self.instances}
+        return {"classes": self.classes, "mean": self.mean, "deviation": self.deviation, "instances": self.instances,
+                "feature_columns": self.feature_columns}  # fmt: skip
 
     def _features(self) -> int:
         self._measure()
@@ -416,14 +446,13 @@ class BagData(DataModule):
         bags: list[Bag] = []
         for index, item in enumerate(items):
             if isinstance(item, (np.ndarray, Tensor)) and item.ndim == 2:
-                got = Instances(np.asarray(item, dtype=np.float32), None, {})
-                bags.append(Bag(f"input-{index}", lambda got=got: got))  # type: ignore[misc]
+                bags.append(Bag(f"input-{index}", partial(_array, item, f"input-{index}")))
             elif self.encoder_name is not None:
                 name = str(item) if isinstance(item, (str, Path)) else f"input-{index}"
                 read = partial(self._own_encoder(None).read_raw, name, item)
                 bags.append(Bag(name, read))
             else:
-                bags += find_bags(str(item), self.columns)
+                bags += find_bags(str(item), self.columns, self.feature_columns)
         return BagSamples(bags, None, self._features())
 
     def collate(self, items: list[dict[str, Any] | Unreadable]) -> dict[str, Any]:
@@ -456,6 +485,9 @@ class BagData(DataModule):
     def summary(self) -> dict[str, Any]:
         bags = self.bags()
         result: dict[str, Any] = {"bags": len(bags)}
+        if self.feature_columns:
+            shown = self.feature_columns[:4] + ["..."] * (len(self.feature_columns) > 4)
+            result["features"] = f"{len(self.feature_columns)} columns: {', '.join(shown)}"
         if all(b.label is not None for b in bags):
             for part, indices in self.parts().items():
                 counts = Counter(str(bags[i].label) for i in indices)

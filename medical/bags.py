@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -177,9 +177,13 @@ def read_table(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path)
-        return pacsv.read_csv(path, parse_options=pacsv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+        table = pacsv.read_csv(path, parse_options=pacsv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read the table {path}: {reason(error)}") from error
+    foreign = [f.name for f in table.schema if pa.types.is_binary(f.type)]
+    if foreign:
+        raise UserError(f"{path.name}: column {foreign[0]!r} is not UTF-8 text: save the table as UTF-8")
+    return table
 
 
 def pick_column(
@@ -201,46 +205,107 @@ def pick_column(
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    """A cell as text; None where it is blank."""
+    return None if value is None else str(value).strip() or None
 
 
-def _table_bags(path: Path, columns: dict[str, str | None]) -> list[Bag]:
-    """A row an instance: bag, label and features in columns."""
-    table = read_table(path)
-    bag = pick_column(table, columns["bag"], BAG_COLUMNS, "bag", True, path)
-    roles = {
-        role: pick_column(table, columns[role], usual, role, False, path)
-        for role, usual in (("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS), ("split", SPLIT_COLUMNS))
-    }
-    # What numbers or names an instance or a part is no feature
-    taken = {bag, "fold", columns.get("fold"), *roles.values()}
-    numeric = [f.name for f in table.schema if f.name not in taken and not f.name.lower().startswith("instance")
-               and (pa.types.is_integer(f.type) or pa.types.is_floating(f.type))]  # fmt: skip
-    if not numeric:
+def feature_columns(
+    table: pa.Table, path: Path, taken: Collection[str | None], known: Sequence[str] | None
+) -> list[str]:
+    """The columns that are features: those known by name, else all columns of numbers that nothing else takes.
+
+    Raises:
+        UserError: a known one is missing or none is found, or text stands among the numbers of one.
+    """
+    names = [f.name for f in table.schema if f.name not in taken and not f.name.lower().startswith("instance")]
+    for name in names if known is None else known:
+        if name not in table.column_names:
+            near = nearest(name, names)
+            hints = [f"did you mean {near[0]}?"] if near else [f"it has: {', '.join(names[:12])}"]
+            raise UserError(f"{path.name} has no column {name!r}, which the model was trained on", hints)
+        kind = table.schema.field(name).type
+        if path.suffix != ".parquet" and pa.types.is_string(kind):
+            cells = [c for c in map(_text, table[name].to_pylist()) if c is not None]
+            odd = next((c for c in cells if not _is_number(c)), None)
+            if odd is not None and sum(_is_number(c.replace(",", ".")) for c in cells) > len(cells) / 2:
+                raise UserError(f"{path.name}: column {name!r} holds {odd!r} among its numbers: mend or remove it")
+    if known is not None:
+        return list(known)
+    plain = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    found = [n for n in names if any(test(table.schema.field(n).type) for test in plain)]
+    if not found:
         raise UserError(f"{path.name} has no columns of numbers to take as features")
-    values = np.stack([table[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in numeric], 1)
-    names = [str(v) for v in table[bag].to_pylist()]
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _rows(values: np.ndarray, names: Sequence[str], where: Sequence[int], path: Path) -> Instances:
+    """The instances of a table's rows `where`. Raises BadSample."""
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        found = f"row {where[row] + 1} below the head, column {names[column]}"
+        raise BadSample(f"{path.name}, {found}: {values[row, column]} is no finite number")
+    return Instances(values, None, {})
+
+
+def table_columns(
+    path: Path, columns: dict[str, str | None], known: Sequence[str] | None
+) -> tuple[pa.Table, dict[str, str | None], list[str]]:
+    """A table with a row an instance, its columns by role, and those of its features. Raises UserError."""
+    table = read_table(path)
+    roles = {
+        role: pick_column(table, columns[role], usual, role, role == "bag", path)
+        for role, usual in (("bag", BAG_COLUMNS), ("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS),
+                            ("split", SPLIT_COLUMNS))
+    }  # fmt: skip
+    # What numbers or names an instance or a part is no feature
+    return table, roles, feature_columns(table, path, {"fold", columns.get("fold"), *roles.values()}, known)
+
+
+def _table_bags(path: Path, columns: dict[str, str | None], known: Sequence[str] | None) -> list[Bag]:
+    """A row an instance: bag, label and features in columns."""
+    table, roles, features = table_columns(path, columns, known)
+    try:
+        values = np.stack([table[c].to_numpy(zero_copy_only=False).astype(np.float32) for c in features], 1)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path.name}: a column of features is no column of numbers: {reason(error)}") from error
     order: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(map(_text, table[roles["bag"]].to_pylist())):
+        if name is None:
+            raise UserError(f"{path.name}: row {index + 1} below the head names no bag (column {roles['bag']})")
         order.setdefault(name, []).append(index)
-    said = {role: table[c].to_pylist() if c else None for role, c in roles.items()}
+    said = {role: table[c].to_pylist() if c else None for role, c in roles.items() if role != "bag"}
     bags = []
     for name, rows in order.items():
-        own = {role: {v[i] for i in rows} if v else {None} for role, v in said.items()}
-        if len(own["label"]) > 1:
-            raise UserError(f"{path.name}: the rows of bag {name} have different labels")
-        first = {role: _text(next(iter(v))) for role, v in own.items()}
+        first: dict[str, str | None] = {}
+        for role, cells in said.items():
+            own = {_text(cells[i]) for i in rows} if cells else {None}
+            if len(own) > 1:
+                shown = " and ".join(sorted(str(v) for v in own)[:2])
+                raise UserError(f"{path.name}: the rows of bag {name} say {shown} in column {roles[role]!r}")
+            first[role] = own.pop()
         if first["split"] is not None:
             first["split"] = split_name(first["split"], path)
-        bags.append(Bag(name, partial(checked, values[rows], None, {}, name), **first))  # type: ignore[arg-type]
+        bags.append(Bag(name, partial(_rows, values[rows], features, rows, path), **first))  # type: ignore[arg-type]
     return bags
 
 
-def find_bags(root: str | Path, columns: dict[str, str | None]) -> list[Bag]:
-    """All bags under a root of any layout. Raises UserError when there are none."""
+def find_bags(root: str | Path, columns: dict[str, str | None], features: Sequence[str] | None = None) -> list[Bag]:
+    """All bags under a root of any layout, of a table with the `features` that are named.
+
+    Raises:
+        UserError: there are none, or as the layout says.
+    """
     path = existing(str(root))
     if path.is_file():
-        bags = _h5_bags(path) if path.suffix in (".h5", ".hdf5") else _table_bags(path, columns)
+        bags = _h5_bags(path) if path.suffix in (".h5", ".hdf5") else _table_bags(path, columns, features)
     elif (path / "packed.json").is_file():
         from medical.packed import packed_bags
 
@@ -260,19 +325,29 @@ def apply_labels(bags: list[Bag], path: Path, columns: dict[str, str | None]) ->
         for role, usual in (("bag", BAG_COLUMNS), ("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS),
                             ("split", SPLIT_COLUMNS))
     }  # fmt: skip
-    rows = {str(r[names["bag"]]): r for r in table.to_pylist()}
-    known = [b for b in bags if b.id in rows]
+    used = [names[role] for role in ("label", "group", "split")]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table.to_pylist():
+        name = _text(row[names["bag"]])
+        if name is not None and [rows.setdefault(name, row)[c] for c in used if c] != [row[c] for c in used if c]:
+            raise UserError(f"{path.name} has two rows of bag {name} that say different things")
+    known = [(bag, row) for bag in bags if (row := named(rows, bag.id)) is not None]
     if not known:
         hint = f"a bag is called {bags[0].id}, a row {next(iter(rows), '-')}"
         raise UserError(f"{path.name} names none of the {len(bags)} bags", [hint])
-    for bag in known:
-        row = rows[bag.id]
+    for bag, row in known:
         for role in ("label", "group", "split"):
             column = names[role]
-            if column is not None and row[column] is not None:
-                said = str(row[column])
+            said = _text(row[column]) if column is not None else None
+            if said is not None:
                 setattr(bag, role, split_name(said, path) if role == "split" else said)
-    return known
+    return [bag for bag, _ in known]
+
+
+def named(rows: dict[str, Any], bag: str) -> Any:
+    """What a table says of a bag, which it may call by its path, its file's name, or that without its ending."""
+    path = PurePath(bag)
+    return next((rows[n] for n in (bag, path.name, path.stem) if n in rows), None)
 
 
 def split_name(said: str, path: Path) -> str:
@@ -331,16 +406,19 @@ def named_folds(bags: Sequence[Bag], path: Path, column: str, bag_column: str | 
     try:
         for name, value in zip(table[bag].to_pylist(), table[column].to_pylist(), strict=True):
             fold = int(value)
+            if fold != float(value):
+                raise ValueError
             if said.setdefault(str(name), fold) != fold:
                 raise UserError(f"{path.name}: bag {name} is in folds {said[str(name)]} and {fold} ({column})")
     except (TypeError, ValueError):
         raise UserError(f"{path.name}: column {column!r} must hold a whole number in every row") from None
-    missing = [b.id for b in bags if b.id not in said]
+    where = [named(said, b.id) for b in bags]
+    missing = [b.id for b, fold in zip(bags, where, strict=True) if fold is None]
     if missing:
         raise UserError(f"{path.name} names no fold for bag {missing[0]} (and {len(missing) - 1} more)")
     folds: dict[str, int] = {}
-    for b in bags:
-        if b.group is not None and folds.setdefault(b.group, said[b.id]) != said[b.id]:
-            both = f"{folds[b.group]} and {said[b.id]}"
+    for b, fold in zip(bags, where, strict=True):
+        if b.group is not None and folds.setdefault(b.group, fold) != fold:
+            both = f"{folds[b.group]} and {fold}"
             raise UserError(f"{path.name}: patient {b.group} is in folds {both} of column {column!r}: keep each in one")
-    return [said[b.id] for b in bags]
+    return where

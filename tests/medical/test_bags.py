@@ -6,11 +6,13 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -133,9 +135,9 @@ def test_standardised_features_know_no_unit(tmp_path: Path, unit: float) -> None
 def test_a_feature_that_is_no_number_is_said_with_its_place(tmp_path: Path) -> None:
     table = pa.table({"bag": ["a", "a", "b"], "label": [0, 0, 1], "u": [1.0, float("nan"), 2.0]})
     pq.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(BadSample, match="a: feature 0 of instance 1 is nan"):
+    with pytest.raises(BadSample, match="t.parquet, row 2 below the head, column u: nan"):
         find_bags(tmp_path / "t.parquet", NONE)[0].read()
-    with pytest.raises(UserError, match="cannot read a: a: feature 0 of instance 1"):
+    with pytest.raises(UserError, match="cannot read a: t.parquet, row 2 below the head, column u"):
         BagData(str(tmp_path / "t.parquet"), val_fraction=0.0, test_fraction=0.0).facts()
 
 
@@ -403,3 +405,75 @@ def test_restraint_is_for_training_alone() -> None:
     assert torch.equal(plain.train().losses(batch)["bag"], plain.losses(batch)["bag"])
     with pytest.raises(UserError, match="model.input_dropout is 1"):
         SlideClassifier(facts, input_dropout=1.0)
+
+
+def csv_table(path: Path, **columns: list[Any]) -> Path:
+    """Eight bags of two instances with features f1 and f2, as a CSV."""
+    rng = np.random.default_rng(0)
+    names = [f"b{i // 2}" for i in range(16)]
+    table = {
+        "bag": names,
+        "label": [i // 2 % 2 for i in range(16)],
+        "f1": rng.normal(size=16),
+        "f2": rng.normal(size=16),
+    }
+    pacsv.write_csv(pa.table({**table, **columns}), path)
+    return path
+
+
+def test_features_of_a_table_are_known_by_name(tmp_path: Path) -> None:
+    first = csv_table(tmp_path / "first.csv")
+    data = BagData(str(first), test_fraction=0.25, val_fraction=0.25)
+    data.prepare("fit")
+    facts = data.facts()
+    assert facts["feature_columns"] == ["f1", "f2"]
+    table = pacsv.read_csv(first)
+    pacsv.write_csv(table.select(["f2", "bag", "f1"]).append_column("f0", table["f1"]), tmp_path / "later.csv")
+    later = BagData(str(tmp_path / "later.csv"), **facts).dataset("predict")
+    before = BagData(str(first), **facts).dataset("predict")
+    for index in range(8):
+        assert torch.equal(later.load(index, 0)["features"], before.load(index, 0)["features"])
+    pacsv.write_csv(table.drop_columns(["f2"]), tmp_path / "less.csv")
+    with pytest.raises(UserError, match="less.csv has no column 'f2', which the model was trained on"):
+        BagData(str(tmp_path / "less.csv"), **facts).dataset("predict")
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"f2": ["1,5"] * 16}, "column 'f2' holds '1,5' among its numbers"),
+        ({"f2": ["0.5"] * 15 + ["<0.1"]}, "column 'f2' holds '<0.1'"),
+        ({"split": ["train", "test"] * 8}, "the rows of bag b0 say test and train in column 'split'"),
+        ({"patient": ["p", "q"] * 8}, "the rows of bag b0 say p and q in column 'patient'"),
+        ({"label": [" "] * 2 + ["x"] * 14}, "bag b0 has no label"),
+        ({"patient": ["p"] * 16, "split": ["train"] * 8 + ["test"] * 8}, "group 'p' is in train and test"),
+    ],
+)
+def test_a_table_that_cannot_be_right_is_refused(tmp_path: Path, columns: dict[str, list[Any]], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        BagData(str(csv_table(tmp_path / "t.csv", **columns))).prepare("fit")
+
+
+def test_text_of_another_encoding_and_half_folds_are_refused(tmp_path: Path) -> None:
+    path = csv_table(tmp_path / "t.csv", label=["é", "é", "b", "b"] * 4, fold=[0.5, 0.5, 1.0, 1.0] * 4)
+    with pytest.raises(UserError, match="column 'fold' must hold a whole number"):
+        BagData(str(path), fold_column="fold").fold_numbers()
+    path.write_bytes(path.read_text(encoding="utf-8").encode("latin-1"))
+    with pytest.raises(UserError, match="column 'label' is not UTF-8 text"):
+        BagData(str(path)).prepare("fit")
+
+
+def test_a_table_of_labels_that_contradicts_itself(tmp_path: Path) -> None:
+    path = csv_table(tmp_path / "t.csv")
+    (tmp_path / "said.csv").write_text("bag,label\nb0,1\nb1,0\nb0,0\n")
+    with pytest.raises(UserError, match="said.csv has two rows of bag b0 that say different things"):
+        BagData(str(path), labels=str(tmp_path / "said.csv")).prepare("fit")
+
+
+def test_arrays_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    data = BagData(mean=[0.0, 0.0], deviation=[1.0, 1.0], classes=["a", "b"])
+    samples = data.raw_dataset([np.ones((2, 2)), np.full((2, 2), np.nan), np.array([["x", "y"]])])
+    assert samples.load(0, 0)["features"].shape == (2, 2)
+    for index, says in ((1, "feature 0 of instance 0 is nan"), (2, "holds no numbers")):
+        with pytest.raises(BadSample, match=says):
+            samples.load(index, 0)
