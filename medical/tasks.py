@@ -41,6 +41,7 @@ class SlideClassifier(Classifier):
         system: optimiser, scheduler and the other arguments of `polyhead.system.System`.
     """
 
+    instead_of_explain = ("polyhead heatmap draws where it looks; predict gives the most attended instances",)
     network: ACMIL
     mean: Tensor
     deviation: Tensor

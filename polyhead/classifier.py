@@ -71,9 +71,11 @@ class Classifier(System):
 
     def named_results(self, stage: str) -> dict[str, float]:
         named = super().named_results(stage)
-        recall = self.results.get(stage, {}).get("recall")
-        if recall is not None:
-            named |= {f"recall.{c}": float(r) for c, r in zip(self.classes, recall, strict=True)}
+        results = self.results.get(stage, {})
+        if "recall" in results and "confusion" in results:
+            there = results["confusion"].sum(1) > 0
+            found = zip(self.classes, results["recall"], there, strict=True)
+            named |= {f"recall.{c}": float(r) for c, r, seen in found if seen}
         rows = self.rows(stage)
         if rows is None:
             return named

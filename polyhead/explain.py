@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyhead.data import DataModule
+from polyhead.data import DataModule, Unreadable
 from polyhead.errors import UserError
 from polyhead.files import atomic_write
 from polyhead.system import System
@@ -28,11 +28,11 @@ def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple[int, int]:
+def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple[int, list[Unreadable]]:
     """Write `NAME.png` and `NAME.npz` for the first `limit` samples of prediction.
 
     Returns:
-        How many were explained, and how many could not be read.
+        How many were explained, and what could not be read.
 
     Raises:
         UserError: the system has no explanation.
@@ -45,14 +45,15 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
 
     describe = getattr(system, "explain", None)
     if describe is None:
-        raise UserError(f"{type(system).__name__} has no explanation")
+        raise UserError(f"{type(system).__name__} has no explanation", getattr(system, "instead_of_explain", ()))
     system.eval()
     data.setup("predict")
-    count = failed = 0
+    count = 0
+    failed: list[Unreadable] = []
     for batch in data.loader(data.samples("predict"), "predict"):
-        if count + failed >= limit:
+        if count + len(failed) >= limit:
             break
-        failed += len(batch["errors"])
+        failed += batch["errors"]
         if not batch["id"]:
             continue
         room = limit - count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
     MulticlassRecall,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "recall", "confusion")
 
@@ -47,19 +49,41 @@ class Rows(Metric):
         return torch.cat([parts[0], parts[1].double()[:, None], parts[2].double()[:, None]], 1)
 
 
+class PresentAUROC(MulticlassAUROC):
+    """Mean AUROC of one class against the rest, over the classes that have samples on both sides; 0 with none."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        target = dim_zero_cat(self.target)
+        counts = torch.bincount(target, minlength=self.num_classes)
+        there = (counts > 0) & (counts < len(target))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the others, which are left out
+            areas = super().compute()
+        return areas[there].mean() if there.any() else areas.new_zeros(())
+
+
+class BalancedAccuracy(MulticlassConfusionMatrix):
+    """Mean recall over the classes that have samples."""
+
+    def compute(self) -> Tensor:
+        table = super().compute().double()
+        there = table.sum(1) > 0
+        return (table.diagonal()[there] / table.sum(1)[there]).mean().float()
+
+
 def classification_metrics(classes: int) -> MetricCollection:
     """Metrics of a single-label classifier, updated with probabilities `[B, K]` and labels `[B]`.
 
-    accuracy, balanced_accuracy (mean recall), f1_macro, auroc (one against the rest, macro), ece (expected
-    calibration error, 15 bins); and, kept for pictures, recall per class `[K]` and confusion `[K, K]`
-    (rows are the truth).
+    accuracy, balanced_accuracy (mean recall) and auroc (one against the rest, macro) over the classes that have
+    samples, f1_macro, ece (expected calibration error, 15 bins); and, kept for pictures, recall per class `[K]`
+    and confusion `[K, K]` (rows are the truth).
     """
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "balanced_accuracy": MulticlassAccuracy(classes, average="macro"),
+            "balanced_accuracy": BalancedAccuracy(classes),
             "f1_macro": MulticlassF1Score(classes, average="macro"),
-            "auroc": MulticlassAUROC(classes, average="macro"),
+            "auroc": PresentAUROC(classes, average="none"),
             "ece": MulticlassCalibrationError(classes, n_bins=15),
             "recall": MulticlassRecall(classes, average="none"),
             "confusion": MulticlassConfusionMatrix(classes),

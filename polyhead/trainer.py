@@ -380,6 +380,9 @@ class PolyheadTrainer(Trainer):
         if limit < 1:
             raise UserError(f"--limit is {limit}: at least 1 is needed")
         count, failed = explain(model, datamodule, self.folder / "explain", limit)
-        say(f"{count} samples explained in {self.folder / 'explain'}")
-        if failed:
-            say(f"{failed} samples could not be read")
+        say(f"{count} samples explained" + (f" in {self.folder / 'explain'}" if count else ""))
+        for sample in failed:
+            say(f"  could not be read: {sample.id}: {sample.reason}")
+        left = len(datamodule.samples("predict")) - count - len(failed)
+        if left > 0:
+            say(f"  {left} more were left out: --limit takes more than {limit}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import (
@@ -16,6 +17,7 @@ from sklearn.metrics import (
 )
 
 from polyhead.intervals import bootstrap_weights, classification_results, intervals
+from polyhead.metrics import classification_metrics
 
 
 @settings(deadline=None, max_examples=30)
@@ -68,3 +70,17 @@ def test_a_draw_with_one_class_has_no_area_and_does_not_spoil_the_interval() -> 
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6]])
     low, high = intervals(label, probabilities, [0, 1, 2])["auroc"]
     assert low == high == 1.0
+
+
+def test_a_class_without_samples_takes_nothing_away() -> None:
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6], [0.4, 0.5, 0.1]])
+    label = torch.tensor([0, 1, 0, 1])
+    metrics = classification_metrics(3)
+    metrics.update(probabilities, label)
+    got = {k: v for k, v in metrics.compute().items() if v.numel() == 1}
+    areas = [roc_auc_score(label == k, probabilities[:, k]) for k in (0, 1)]
+    assert float(got["auroc"]) == pytest.approx(np.mean(areas))
+    assert float(got["balanced_accuracy"]) == pytest.approx(0.75)
+    alone = classification_metrics(3)
+    alone.update(probabilities[:1], label[:1])
+    assert float(alone.compute()["auroc"]) == 0 and float(alone.compute()["balanced_accuracy"]) == 1
