@@ -224,18 +224,28 @@ def test_a_thawed_body_goes_on_from_the_middle_of_an_epoch(tmp_path: Path) -> No
 
 
 class Interrupt(Callback):
-    """What Ctrl-C does, at a step of a training or a batch of a prediction."""
+    """What Ctrl-C does (or another signal), at a step of a training or a batch of a prediction."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, number: int = int(signal.SIGINT)) -> None:
+        self.step, self.number = step, number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         if batch_idx == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_terminated_training_ends_with_143_and_goes_on(tmp_path: Path) -> None:
+    stop = {"class_path": "tests.apps.test_fit.Interrupt", "init_args": {"step": 12, "number": int(signal.SIGTERM)}}
+    fit = polyhead("fit", "--config", TOY, f"--trainer.callbacks+={json.dumps(stop)}", "--output", "run", cwd=tmp_path)
+    assert fit.status == 143
+    assert fit.err.endswith("polyhead: terminated\n  go on with: polyhead fit --output run --resume\n")
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace("step: 12", "step: -1"))
+    ok(polyhead("fit", "--output", "run", "--resume", cwd=tmp_path))
 
 
 def test_an_interrupted_call_says_how_to_go_on(tmp_path: Path) -> None:
