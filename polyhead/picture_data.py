@@ -226,9 +226,10 @@ class PictureData(DataModule):
             )
         labels = [entries[i].label for i in used]
         groups = [entries[i].group for i in used] if any(entries[i].group for i in used) else None
-        cut = assign_splits(
-            [entries[i].split for i in used], labels, groups, self.val_fraction, self.test_fraction, self.seed
-        )
+        splits = [entries[i].split for i in used]
+        # What a published list or a file's own header calls a patient may be a number of many sources
+        named = self.columns["group_column"] is not None
+        cut = assign_splits(splits, labels, groups, self.val_fraction, self.test_fraction, self.seed, named)
         where = np.array(used, dtype=np.int64)
         self._parts = {name: where[indices] for name, indices in cut.items()}
         if self.classes is None:

@@ -111,6 +111,7 @@ def assign_splits(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    apart: bool = True,
 ) -> dict[str, np.ndarray]:
     """The parts `train`, `val` and `test` of a data set that may name some of them.
 
@@ -122,6 +123,7 @@ def assign_splits(
         splits: `train`, `val`, `test` or None, a sample.
         labels, groups, seed: as for `split_indices`.
         val_fraction, test_fraction: shares of what is cut: of all samples, or of the training part.
+        apart: refuse a group in two of the parts that the data name; else those stand as they are.
 
     Raises:
         UserError: a group stands in two of the parts that the data name; as for `split_indices`.
@@ -136,7 +138,7 @@ def assign_splits(
             total = f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g}"
             raise UserError(f"{total} leave no training part: they must add up to less than 1")
         return split_indices(labels, groups, {k: max(v, 0.0) for k, v in shares.items()}, seed)
-    if groups is not None:
+    if groups is not None and apart:
         _check_apart(parts, groups)
     train = parts["train"]
     if len(train) and not len(parts["val"]) and val_fraction > 0:
