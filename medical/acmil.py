@@ -240,7 +240,8 @@ class ACMIL(nn.Module):
         if mask is not None:
             logits = logits.masked_fill(mask.bool(), MASKED)
         weights = logits.softmax(-1)
-        pooled = torch.einsum("bhkn,bnd->bhkd", weights.to(h.dtype), h)
+        # A plain product: its gradient by `h` is no view, so that the other one is added to it in place
+        pooled = torch.bmm(weights.to(h.dtype).flatten(1, 2), h).unflatten(1, weights.shape[1:3])
         slide, branch, bag = self._heads(pooled)
         return Output(slide, branch, logits, bag)
 
