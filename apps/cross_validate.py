@@ -39,6 +39,8 @@ DECIDED = {
     "trainer.devices": "a fold is fitted on one device",
 }
 SETTINGS, TESTED = "cross-validation.yaml", "test.parquet"
+# Test samples that could not be read: a column of the results, and what the table of a fold says of itself
+LEFT_OUT = "left_out"
 # What is measured over the rows of all folds together
 RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece")
 
@@ -76,8 +78,10 @@ def _fit_and_test(words: Sequence[str], folder: Path, init_from: str | None) -> 
     trainer.predict(cli.model, cli.datamodule.test_dataloader())
     if not rows.rows:
         raise UserError(f"{folder.name} has no test sample that can be read")
+    left_out = len(cli.datamodule.samples("test")) - len(rows.rows)
+    table = pa.Table.from_pylist(rows.rows).replace_schema_metadata({LEFT_OUT: str(left_out)})
     with atomic_write(folder / TESTED) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows.rows), temporary)
+        pq.write_table(table, temporary)
 
 
 def _settings(words: list[str], folds: int | None) -> tuple[dict[str, Any], list[int], list[str]]:
@@ -145,16 +149,18 @@ def _collect(output: Path, seeds: list[int], folds: list[int]) -> None:
         of_seed: list[dict[str, Any]] = []
         for fold in folds:
             folder = output / f"seed-{seed}/fold-{fold}"
-            rows = pq.read_table(folder / TESTED).to_pylist()
+            table = pq.read_table(folder / TESTED)
+            rows, left_out = table.to_pylist(), int((table.schema.metadata or {}).get(LEFT_OUT.encode(), 0))
             found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             shown = {k.removeprefix("test/"): v for k, v in found.items()
                      if k.startswith("test/") and not k.endswith((".low", ".high"))}  # fmt: skip
-            by_fold.append({"seed": seed, "fold": fold, "n": len(rows), **shown})
+            by_fold.append({"seed": seed, "fold": fold, "n": len(rows), LEFT_OUT: left_out, **shown})
             of_seed += [{"seed": seed, "fold": fold, **r} for r in rows]
         facts = read_yaml(output / f"seed-{seed}/fold-{folds[0]}/bundle/config.yaml")["model"]["init_args"]["facts"]
-        by_seed.append({"seed": seed, "n": len(of_seed), **_pooled(of_seed, facts["classes"])})
+        missing = sum(row[LEFT_OUT] for row in by_fold if row["seed"] == seed)
+        by_seed.append({"seed": seed, "n": len(of_seed), LEFT_OUT: missing, **_pooled(of_seed, facts["classes"])})
         everything += of_seed
-    names = [n for n in by_seed[0] if n not in ("seed", "n")]
+    names = [n for n in by_seed[0] if n not in ("seed", "n", LEFT_OUT)]
     values = {n: np.array([r[n] for r in by_seed]) for n in names}
     summary: list[dict[str, Any]] = [{"seed": "mean", "n": "", **{n: float(v.mean()) for n, v in values.items()}}]
     if len(seeds) > 1:
@@ -166,6 +172,8 @@ def _collect(output: Path, seeds: list[int], folds: list[int]) -> None:
     print(f"{'seed':<6}{'n':>6}" + "".join(f"{n:>20}" for n in RESULTS))
     for row in by_seed + summary:
         print(f"{row['seed']:<6}{row['n']:>6}" + "".join(f"{row[n]:>20.4f}" for n in RESULTS))
+    if by_seed[0][LEFT_OUT]:
+        print(f"{by_seed[0][LEFT_OUT]} samples could not be read and are not among them", file=sys.stderr)
     print(f"pooled over {len(folds)} folds; by seed and fold: {output / 'folds.csv'}", file=sys.stderr)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 
 from apps.messages import Call, plain
+from polyhead.errors import UserError
 
 
 def run(command: str, dotted: str, arguments: list[str]) -> int:
@@ -22,5 +24,11 @@ def run(command: str, dotted: str, arguments: list[str]) -> int:
             raise plain(message, ex, Call(command, arguments, options=names))
 
     options: dict[str, Any] = {"as_positional": False, "allow_abbrev": False, "prog": f"polyhead {command}"}
-    auto_cli(function, args=arguments, parser_class=Parser, **options)
+    try:
+        auto_cli(function, args=arguments, parser_class=Parser, **options)
+    except UserError as error:
+        # What reads the data says how fit calls an option
+        own = "|".join(inspect.signature(function).parameters)
+        texts = [re.sub(rf"--data\.({own})\b", r"--\1", text) for text in (error.message, *error.hints)]
+        raise UserError(texts[0], texts[1:]) from error
     return 0

@@ -198,7 +198,7 @@ class BagData(DataModule):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, on_error)
-        for given in (root, labels, splits, boxes):
+        for given in (labels, splits, boxes):
             if given is not None:
                 existing(given)
         self.splits = splits

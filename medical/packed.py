@@ -124,6 +124,10 @@ def pack_command(
     dtype: Literal["float16", "float32"] = "float16",
     overwrite: bool = False,
     strict: bool = False,
+    bag_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    split_column: str | None = None,
 ) -> None:
     """Convert bags of features (ACMIL, CLAM, TRIDENT, STAMP, a table) into one memory-mapped folder.
 
@@ -134,11 +138,12 @@ def pack_command(
         dtype: of the features.
         overwrite: replace what is packed in the folder.
         strict: exit with status 2 when a bag was left out.
+        bag_column, label_column, group_column, split_column: of the tables, where they are not known by their names.
     """
     folder = Path(output)
     if (folder / "packed.json").exists() and not overwrite:
         raise UserError(f"{folder} is packed already: give another --output, or --overwrite true")
-    columns: dict[str, str | None] = dict.fromkeys(("bag", "label", "group", "split"))
+    columns = {"bag": bag_column, "label": label_column, "group": group_column, "split": split_column}
     bags = find_bags(features, columns)
     if labels is not None:
         bags = apply_labels(bags, existing(labels), columns)

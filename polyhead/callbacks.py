@@ -156,9 +156,7 @@ class GeneratorState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restore = state_dict
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only here: everything before the first batch, the loaders' start included, may draw numbers
         if self._restore is not None:
             set_generator_state(self._restore)

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from polyhead.errors import BadSample, UserError
+from polyhead.sources import existing
 
 Split = Literal["train", "val", "test", "predict"]
 STAGE_SPLIT: dict[str, Split] = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -157,6 +158,8 @@ class DataModule(LightningDataModule):
             raise UserError(f"data.batch_size is {batch_size}: at least 1 is needed")
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}: 0 or more is needed")
+        if root is not None:
+            existing(root)
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.seed, self.on_error = seed, on_error
         self.skipped = 0

@@ -17,7 +17,7 @@ from polyhead.data import DataModule, Samples, Split
 from polyhead.decoding import MAX_PIXELS
 from polyhead.errors import BadSample, UserError, nearest
 from polyhead.pictures import MARGIN, Arrays, Augment, Budget, Files, Pictures, Raw, Resize, Square, Transform, shrink
-from polyhead.sources import IMAGE_SUFFIXES, Entry, Location, existing, find
+from polyhead.sources import IMAGE_SUFFIXES, Entry, Location, find
 from polyhead.splits import assign_splits, class_key
 
 COLUMN_ROLES = ("path", "label", "split", "group")
@@ -141,8 +141,6 @@ class PictureData(DataModule):
                 raise UserError(f"data.{option} is {value:g}: it must be between 0 and 1")
         if colour < 0:
             raise UserError(f"data.colour is {colour:g}: it must be 0 or more")
-        if root is not None:
-            existing(root)
         self.name, self.image_size = name, image_size
         self.square = Square(image_size, crop_fraction, resize)
         if flip is None:

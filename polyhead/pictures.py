@@ -73,9 +73,7 @@ class Square:
             return ground
         # Resize and centre crop in one step: no large picture between, however long and thin the given one
         short = self.needed
-        wide = (
-            (int(short * width / height), short) if width >= height else (short, int(short * height / width))
-        )
+        wide = (int(short * width / height), short) if width >= height else (short, int(short * height / width))
         left, top = round((wide[0] - size) / 2), round((wide[1] - size) / 2)
         x, y = width / wide[0], height / wide[1]
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
@@ -264,9 +262,7 @@ class Pictures:
 
         missing = [i for i, image in enumerate(self._memory) if image is None]
         if missing:
-            threads = (
-                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            )
+            threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             with ThreadPoolExecutor(min(16, threads)) as pool:
                 for _ in tqdm(pool.map(read, missing), "decode", len(missing), leave=False, delay=2):
                     pass
@@ -310,10 +306,7 @@ class Raw:
 
     def ids(self) -> list[str]:
         """Paths name themselves, other things their place."""
-        return [
-            os.fspath(item) if isinstance(item, (str, Path)) else f"input-{i}"
-            for i, item in enumerate(self.items)
-        ]
+        return [os.fspath(item) if isinstance(item, (str, Path)) else f"input-{i}" for i, item in enumerate(self.items)]
 
     def __call__(self, index: int) -> Image.Image:
         item = self.items[index]
@@ -323,9 +316,7 @@ class Raw:
             return decode_image(bytes(item), self.max_pixels, self.target)
         if isinstance(item, Tensor):
             if item.dtype != torch.uint8 or item.ndim != 3 or item.shape[0] not in (1, 3):
-                raise UserError(
-                    f"a tensor must be uint8 [3, H, W] or [1, H, W], not {item.dtype} {list(item.shape)}"
-                )
+                raise UserError(f"a tensor must be uint8 [3, H, W] or [1, H, W], not {item.dtype} {list(item.shape)}")
             array = item.detach().cpu().permute(1, 2, 0).numpy()
             item = array[..., 0] if array.shape[2] == 1 else array
         if isinstance(item, np.ndarray):

@@ -58,9 +58,7 @@ class PredictionWriter:
 
         own = [p for p in part_files(self.folder) if re.fullmatch(rf"{self._prefix}\d+\.parquet", p.name)]
         if (own or self._errors_path.exists()) and not resume:
-            raise UserError(
-                f"{self.folder} already holds predictions: go on with --resume or --overwrite them"
-            )
+            raise UserError(f"{self.folder} already holds predictions: go on with --resume or --overwrite them")
         self._next = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in own), default=-1)
         self._inherited = bool(own)
         if own:
@@ -75,9 +73,7 @@ class PredictionWriter:
         if resume and self._errors_path.exists():
             finished = _ids(part_files(self.folder))
             for batch in _batches(self._errors_path):
-                whole = batch.filter(
-                    pa.array([p is None or i in finished for i, p in _pairs(batch)], pa.bool_())
-                )
+                whole = batch.filter(pa.array([p is None or i in finished for i, p in _pairs(batch)], pa.bool_()))
                 kept.append(whole)
         self._write_errors(iter(kept))
 
@@ -130,9 +126,7 @@ class PredictionWriter:
         assert self._schema is not None
         ours, theirs = ({f.name: str(f.type) for f in s} for s in (self._schema, got))
         changed = [f"{n} ({ours.get(n, 'none')}, now {theirs.get(n, 'none')})" for n in {**ours, **theirs}]
-        different = [
-            c for n, c in zip({**ours, **theirs}, changed, strict=True) if ours.get(n) != theirs.get(n)
-        ]
+        different = [c for n, c in zip({**ours, **theirs}, changed, strict=True) if ours.get(n) != theirs.get(n)]
         text = ", ".join(different) or "the order of columns"
         if self._inherited:
             raise UserError(
@@ -207,9 +201,7 @@ def part_files(folder: str | Path) -> list[Path]:
 
 
 def _error_files(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.glob("errors*.parquet") if re.fullmatch(r"errors(-r\d+)?\.parquet", p.name)
-    )
+    return sorted(p for p in folder.glob("errors*.parquet") if re.fullmatch(r"errors(-r\d+)?\.parquet", p.name))
 
 
 def _read(path: Path, read: Any) -> Any:

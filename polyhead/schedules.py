@@ -21,9 +21,7 @@ class WarmupCosine(LRScheduler):
         total_steps: all optimiser steps; the training loop fills it in.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, warmup: float = 0.05, floor: float = 0.01, total_steps: int = 1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.05, floor: float = 0.01, total_steps: int = 1) -> None:
         if not 0 <= warmup < 1:
             raise UserError(f"scheduler warmup is {warmup}: a share of the training from 0 to 1 is needed")
         self.warmup, self.floor, self.total_steps = warmup, floor, total_steps

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from polyhead.catalogue import Catalogue
 from polyhead.data import DataModule, Samples, Split, Unreadable
 from polyhead.errors import UserError
-from polyhead.sources import existing
 from recsys.histories import Histories, padded, transitions
 from recsys.logs import Log, LogFormat, core, read_log
 
@@ -192,8 +191,6 @@ class Interactions(DataModule):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, on_error)
-        if root is not None:
-            existing(root)
         least = {"kcore": 0, "time_span": 1, "max_positions": 1, "min_steps": 1, "max_len": 2}
         for argument, value in {"kcore": kcore, "time_span": time_span, "max_positions": max_positions,
                                 "min_steps": min_steps, "max_len": max_len}.items():  # fmt: skip

@@ -12,7 +12,6 @@ import torch
 
 from polyhead.data import DataModule, Samples, Split, Unreadable, collate
 from polyhead.errors import BadSample, UserError
-from polyhead.sources import existing
 from polyhead.splits import assign_splits, class_key
 from timeseries.events import Events, Reading, checked, read
 from timeseries.hawkes import ExponentialHawkes, Span, simulate
@@ -143,8 +142,6 @@ class EventData(DataModule):
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, on_error)
-        if root is not None:
-            existing(root)
         for option, value in {"time_unit": time_unit, "time_scale": time_scale}.items():
             if value is not None and not (0 < value < float("inf")):
                 raise UserError(f"data.{option} is {value}: a number above 0 is needed")

@@ -117,8 +117,6 @@ class RecordingData(DataModule):
         on_error: Literal["raise", "skip"] = "skip",
     ) -> None:
         super().__init__(root, batch_size, num_workers, seed, on_error)
-        if root is not None:
-            existing(root)
         self.labelled, self.windows = labelled, windows
         self.labels: dict[str, list[str]] = {k: list(v) for k, v in (labels or {"seizure": SEIZURE}).items()}
         self.classes = list(classes) if classes else self._classes()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
-from vision.common import check_images, init_convolution, pick_variant
+from vision.common import Mlp, check_images, init_convolution, pick_variant
 from vision.inference import by_images
-from vision.spectformer_layers import Attention, Backbone, ClassAttention, Mlp, Size, drop, pair
+from vision.spectformer_layers import Attention, Backbone, ClassAttention, Size, drop, pair
 from vision.spectral_gate import SpectralGate
 from vision.token_label import Box, mix, random_box
 

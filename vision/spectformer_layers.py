@@ -26,19 +26,6 @@ def drop(rate: float) -> nn.Module:
     return DropPath(rate) if rate else nn.Identity()
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act: nn.Module = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens, `[B, N, C]` -> `[B, N, C]`.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from polyhead.errors import UserError
-from vision.common import captured, check_images, pick_variant
+from vision.common import Mlp, captured, check_images, pick_variant
 from vision.inference import PackedLinear, by_images, pack_linears
 from vision.window_attention import attend_simply, centred, window_attention
 from vision.windows import Pair, crop_pixels
@@ -200,18 +200,11 @@ class MSAConvBlock(MSAConvAttention):
 # ---- the network: our reading ------------------------------------------------------------------------------
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act: nn.Module = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+class ImageMlp(Mlp):
+    """A few images at a time, where the hidden numbers of all would be many."""
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = x.shape[1] * x.shape[2] * self.fc1.weight.shape[0]
-        return by_images(lambda x: self.fc2(self.act(self.fc1(x))), x, numbers)
+        return by_images(super().forward, x, x.shape[1] * x.shape[2] * self.fc1.weight.shape[0])
 
 
 class Block(nn.Module):
@@ -223,7 +216,7 @@ class Block(nn.Module):
         self.attn = MSAConvAttention(dim, wide=False, **attention)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = ImageMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

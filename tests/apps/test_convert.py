@@ -31,9 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from checkpoints.converters.shvit import to_polyhead
 
     official, _ = to_polyhead(theirs.state_dict())
-    torch.save(
-        {"model": official, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, folder / "official.pth"
-    )
+    torch.save({"model": official, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, folder / "official.pth")
     (folder / "names.txt").write_text("\n".join("abcdefg") + "\n")
     return folder
 

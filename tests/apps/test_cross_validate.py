@@ -110,6 +110,19 @@ def test_a_fold_without_a_readable_bag_is_named(table: Path, tmp_path: Path) -> 
     assert not (tmp_path / "cv/seed-0/fold-1/test.parquet").exists()
 
 
+def test_bags_that_cannot_be_read_are_counted_in_every_table(table: Path, tmp_path: Path) -> None:
+    bags = pq.read_table(table)
+    names = bags["bag"].to_pylist()
+    broken = [float("nan") if name == names[0] else 0.0 for name in names]
+    pq.write_table(bags.append_column("f4", pa.array(broken)), tmp_path / "bags.parquet")
+    run = validate(tmp_path / "bags.parquet", tmp_path / "cv", "--folds", FOLDS, "--data.on_error", "skip")
+    assert run.status == 0 and "1 samples could not be read and are not among them" in run.err, run.err
+    folds = rows(tmp_path / "cv/folds.csv")
+    assert sorted(int(r["left_out"]) for r in folds) == [0, 0, 1]
+    pooled = rows(tmp_path / "cv/pooled.csv")
+    assert pooled[0]["left_out"] == "1" and int(pooled[0]["n"]) == len(set(names)) - 1
+
+
 def test_a_fold_is_what_fit_and_test_make_of_it(done: Path, table: Path, tmp_path: Path) -> None:
     fit = polyhead("fit", "--config", "medical/acmil", "--data.root", table, "--data.folds", FOLDS, "--data.fold", 2,
                    "--seed_everything", 1, "--trainer.max_epochs", 2, "--output", tmp_path / "one")  # fmt: skip

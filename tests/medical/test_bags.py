@@ -332,6 +332,21 @@ def test_packing_leaves_out_what_it_could_not_keep(tmp_path: Path) -> None:
     assert sorted(b.id for b in find_bags(tmp_path / "whole", NONE)) == ["good", "huge"]
 
 
+def test_packing_names_its_own_options_and_leaves_nothing_where_it_fails(tmp_path: Path) -> None:
+    root = feature_folder(tmp_path / "in", 2)
+    (tmp_path / "labels.csv").write_text("glass,label\ns0,a\ns1,b\n")
+    words = ("pack", "--features", root, "--labels", tmp_path / "labels.csv", "--output", tmp_path / "a/b/out")
+    done = polyhead(*words)
+    assert done.status == 2 and "name it with --bag_column" in done.err, done.err
+    (tmp_path / "empty").mkdir()
+    write_h5(tmp_path / "empty/hole.h5", np.full((1, 2), np.nan, np.float32))
+    done_empty = polyhead("pack", "--features", tmp_path / "empty", "--output", tmp_path / "a/b/out")
+    assert done_empty.status == 2 and "nothing to pack" in done_empty.err, done_empty.err
+    assert not (tmp_path / "a").exists()
+    assert polyhead(*words, "--bag_column", "glass").status == 0
+    assert {b.id: b.label for b in find_bags(tmp_path / "a/b/out", NONE)} == {"s0": "a", "s1": "b"}
+
+
 # What tables say of bags
 
 

@@ -22,9 +22,7 @@ def apart(got: Tensor, expected: Tensor, relative: float | Tensor) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
-def close(
-    case: str, output: str, got: Tensor | None, expected: Tensor, tolerance: Mapping[str, float]
-) -> Check:
+def close(case: str, output: str, got: Tensor | None, expected: Tensor, tolerance: Mapping[str, float]) -> Check:
     """A check against `{atol, rtol}`, `{rtol}` or `{scaled_atol}` (of the expected tensor's maximum)."""
     if got is None:
         return Check(case, output, math.inf, 0.0)

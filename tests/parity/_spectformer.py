@@ -76,8 +76,7 @@ class Tolerance:
 
     def __init__(self, words: Mapping[str, str]) -> None:
         self.value, self.norm, self.resize = (
-            float(re.findall(r"\d+(?:\.\d+)?e-\d+", words[kind])[0])
-            for kind in ("values", "grad_norms", "resize")
+            float(re.findall(r"\d+(?:\.\d+)?e-\d+", words[kind])[0]) for kind in ("values", "grad_norms", "resize")
         )
 
     def check(self, case: str, key: str, got: Tensor | None, expected: Tensor) -> Check:

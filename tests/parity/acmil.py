@@ -131,9 +131,7 @@ def trajectory_case(folder: Path, meta: dict[str, Any]) -> Iterator[Check]:
     case, recipe, tolerance = meta["case"], meta["recipe"], meta["tolerance"]
     io = load_file(folder / f"{case}.io.safetensors")
     model = build(meta, folder / f"{case}.weights.safetensors")
-    sets = {
-        part: [io[f"{part}.bag{i}"].float() for i in range(len(io[f"{part}.labels"]))] for part in ("train", "val")
-    }
+    sets = {part: [io[f"{part}.bag{i}"].float() for i in range(len(io[f"{part}.labels"]))] for part in ("train", "val")}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe["weight_decay"]
     )

@@ -59,9 +59,7 @@ def evaluate(case: Mapping[str, Any], model: nn.Module, io: Mapping[str, Tensor]
     return got
 
 
-def train(
-    case: Mapping[str, Any], model: HierarchicalSpectFormer, io: Mapping[str, Tensor]
-) -> shared.Results:
+def train(case: Mapping[str, Any], model: HierarchicalSpectFormer, io: Mapping[str, Tensor]) -> shared.Results:
     box = tuple(io["train.mix_bbox"].tolist()) if "train.mix_bbox" in io else tuple(case["mix_bbox"])
     got: shared.Results = {}
     if "mix_numpy_seed" in case:

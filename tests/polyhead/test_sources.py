@@ -449,9 +449,7 @@ def test_a_large_jpeg_is_decoded_small_but_never_below_twice_the_target() -> Non
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20),
     cut=st.floats(0.05, 1),
 )
-def test_damage_anywhere_gives_a_picture_or_a_reason(
-    kind: str, changes: list[tuple[float, int]], cut: float
-) -> None:
+def test_damage_anywhere_gives_a_picture_or_a_reason(kind: str, changes: list[tuple[float, int]], cut: float) -> None:
     data = bytearray(encode(picture(), kind))
     for place, value in changes:
         data[int(place * (len(data) - 1))] = value

@@ -55,5 +55,3 @@ def test_an_unknown_prefix_is_said(tmp_path: Path) -> None:
     done = polyhead(*SMALL, "--model.freeze", "[stemm]", "--output", tmp_path / "x")
     assert done.status == 2
     assert "the network has no parameters named stemm" in done.err
-
-

@@ -108,9 +108,7 @@ BAD = {
 
 
 def test_every_kind_of_file_gives_the_same_row_whichever_way_it_is_named(zoo: Path, tmp_path: Path) -> None:
-    names = sorted(
-        p.relative_to(zoo).as_posix() for p in zoo.rglob("*") if p.is_file() and p.suffix != ".txt"
-    )
+    names = sorted(p.relative_to(zoo).as_posix() for p in zoo.rglob("*") if p.is_file() and p.suffix != ".txt")
     with zipfile.ZipFile(tmp_path / "zoo.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             archive.write(zoo / name, name)
@@ -177,9 +175,7 @@ def test_raw_inputs_of_all_types_agree(tmp_path: Path) -> None:
     width=st.integers(20, 150), height=st.integers(20, 150), size=st.integers(8, 64),
     crop=st.sampled_from([0.875, 0.95, 1.0]),
 )  # fmt: skip
-def test_evaluation_is_the_usual_resize_and_centre_crop(
-    width: int, height: int, size: int, crop: float
-) -> None:
+def test_evaluation_is_the_usual_resize_and_centre_crop(width: int, height: int, size: int, crop: float) -> None:
     image = noise(0, width, height)
     usual = v2.Compose(
         [v2.Resize(round(size / crop), v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
@@ -274,9 +270,7 @@ def test_random_crops_stay_inside_and_keep_their_share() -> None:
     augment = Augment(Square(16), scale=(0.2, 0.6))
     for size in ((100, 50), (50, 100), (1000, 10)):
         for seed in range(50):
-            draws = torch.rand(
-                40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-            ).tolist()
+            draws = torch.rand(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
             left, top, right, bottom = augment._box(size, draws)
             assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
             if size != (1000, 10):
