@@ -149,17 +149,10 @@ class ACMIL(nn.Module):
     """
 
     def __init__(
-        self,
-        d_feat: int,
-        d_inner: int = 128,
-        num_classes: int = 2,
-        n_token: int = 5,
-        arch: Literal["ga", "mha"] = "ga",
-        n_masked_patch: int = 10,
-        mask_drop: float = 0.6,
-        gate: int = 128,
+        self, d_feat: int, d_inner: int = 128, num_classes: int = 2, n_token: int = 5,
+        arch: Literal["ga", "mha"] = "ga", n_masked_patch: int = 10, mask_drop: float = 0.6, gate: int = 128,
         dropout: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if arch == "mha" and d_inner % HEADS:
             raise UserError(f"ACMIL mha needs a d_inner that is a multiple of {HEADS}, not {d_inner}")

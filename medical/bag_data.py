@@ -165,38 +165,17 @@ class BagData(DataModule):
     """
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        labels: str | None = None,
-        splits: str | None = None,
-        encoder: str | None = None,
-        instances: Literal["auto", "tiles", "images"] = "auto",
-        tile: int = 80,
-        boxes: str | None = None,
-        box_kind: str | None = None,
-        max_instances: int = 0,
-        noise: float = 0.0,
-        mirror: bool = False,
-        standardise: bool = True,
-        mean: list[float] | None = None,
-        deviation: list[float] | None = None,
-        classes: list[str] | None = None,
-        folds: int = 0,
-        fold: int = 0,
-        fold_column: str | None = None,
-        val_fraction: float | None = None,
-        test_fraction: float = 0.15,
-        bag_column: str | None = None,
-        label_column: str | None = None,
-        group_column: str | None = None,
-        split_column: str | None = None,
-        feature_columns: list[str] | None = None,
-        batch_size: int = 1,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, root: str | None = None, name: str | None = None, labels: str | None = None,
+        splits: str | None = None, encoder: str | None = None,
+        instances: Literal["auto", "tiles", "images"] = "auto", tile: int = 80, boxes: str | None = None,
+        box_kind: str | None = None, max_instances: int = 0, noise: float = 0.0, mirror: bool = False,
+        standardise: bool = True, mean: list[float] | None = None, deviation: list[float] | None = None,
+        classes: list[str] | None = None, folds: int = 0, fold: int = 0, fold_column: str | None = None,
+        val_fraction: float | None = None, test_fraction: float = 0.15, bag_column: str | None = None,
+        label_column: str | None = None, group_column: str | None = None, split_column: str | None = None,
+        feature_columns: list[str] | None = None, batch_size: int = 1, num_workers: int = 0, seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(root, batch_size, num_workers, seed, on_error)
         for given in (labels, splits, boxes):
             if given is not None:

@@ -204,6 +204,12 @@ def pick_column(
     return found
 
 
+def pick_roles(table: pa.Table, columns: dict[str, str | None], where: Path) -> dict[str, str | None]:
+    """The columns of bag, label, group and split. Raises UserError when there is none of bags."""
+    usual = {"bag": BAG_COLUMNS, "label": LABEL_COLUMNS, "group": GROUP_COLUMNS, "split": SPLIT_COLUMNS}
+    return {role: pick_column(table, columns[role], u, role, role == "bag", where) for role, u in usual.items()}
+
+
 def _text(value: Any) -> str | None:
     """A cell as text; None where it is blank."""
     return None if value is None else str(value).strip() or None
@@ -260,11 +266,7 @@ def table_columns(
 ) -> tuple[pa.Table, dict[str, str | None], list[str]]:
     """A table with a row an instance, its columns by role, and those of its features. Raises UserError."""
     table = read_table(path)
-    roles = {
-        role: pick_column(table, columns[role], usual, role, role == "bag", path)
-        for role, usual in (("bag", BAG_COLUMNS), ("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS),
-                            ("split", SPLIT_COLUMNS))
-    }  # fmt: skip
+    roles = pick_roles(table, columns, path)
     # What numbers or names an instance or a part is no feature
     return table, roles, feature_columns(table, path, {"fold", columns.get("fold"), *roles.values()}, known)
 
@@ -320,11 +322,7 @@ def find_bags(root: str | Path, columns: dict[str, str | None], features: Sequen
 def apply_labels(bags: list[Bag], path: Path, columns: dict[str, str | None]) -> list[Bag]:
     """Labels, patients and splits from a table with a row a slide. Bags that it does not name are left out."""
     table = read_table(path)
-    names = {
-        role: pick_column(table, columns[role], usual, role, role == "bag", path)
-        for role, usual in (("bag", BAG_COLUMNS), ("label", LABEL_COLUMNS), ("group", GROUP_COLUMNS),
-                            ("split", SPLIT_COLUMNS))
-    }  # fmt: skip
+    names = pick_roles(table, columns, path)
     used = [names[role] for role in ("label", "group", "split")]
     rows: dict[str, dict[str, Any]] = {}
     for row in table.to_pylist():

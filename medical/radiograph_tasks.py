@@ -61,38 +61,18 @@ class RadiographClassifier(Freezing, Classifier):
     std: Tensor
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        variant: str | None = None,
-        backbone: str = "resnet18",
-        image_size: int = 224,
-        global_size: int = 128,
-        base: int = 24,
-        global_channels: int = 1,
-        head_width: int = 32,
-        attention: Attention = "full",
-        attention_stages: list[int] | None = None,
-        channel_attention: bool = False,
-        gate: Gate = "mul",
-        dropout: float = 0.0,
-        pretrained: bool = False,
-        backbone_options: dict[str, Any] | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        freeze: list[str] | None = None,
-        unfreeze_at: int | None = None,
-        freeze_norms: bool = True,
-        label_smoothing: float = 0.0,
-        class_weights: Literal["none", "balanced"] = "none",
-        flip_tta: bool = False,
-        calibrate: Literal["none", "plain", "balanced"] = "none",
-        scale: float = 1.0,
-        offsets: list[float] | None = None,
-        positive: str | None = None,
-        sensitivity: float | None = None,
-        threshold: float | None = None,
-        **system: Any,
-    ) -> None:
+        self, facts: dict[str, Any] | None = None, variant: str | None = None, backbone: str = "resnet18",
+        image_size: int = 224, global_size: int = 128, base: int = 24, global_channels: int = 1,
+        head_width: int = 32, attention: Attention = "full", attention_stages: list[int] | None = None,
+        channel_attention: bool = False, gate: Gate = "mul", dropout: float = 0.0, pretrained: bool = False,
+        backbone_options: dict[str, Any] | None = None, mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None, freeze: list[str] | None = None,
+        unfreeze_at: int | None = None, freeze_norms: bool = True, label_smoothing: float = 0.0,
+        class_weights: Literal["none", "balanced"] = "none", flip_tta: bool = False,
+        calibrate: Literal["none", "plain", "balanced"] = "none", scale: float = 1.0,
+        offsets: list[float] | None = None, positive: str | None = None, sensitivity: float | None = None,
+        threshold: float | None = None, **system: Any,
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         if variant is not None:
             chosen = preset(variant)
@@ -127,13 +107,8 @@ class RadiographClassifier(Freezing, Classifier):
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.network.fc.parameters())
 
-    def train(self, mode: bool = True) -> RadiographClassifier:
-        super().train(mode)
-        if mode and self.freeze_norms and hasattr(self, "network"):
-            for module in self.network.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
+    def still_norms(self) -> nn.Module | None:
+        return self.network.backbone if self.freeze_norms else None
 
     # The graph
 

@@ -355,25 +355,12 @@ class RadiographData(PictureData):
     known = staticmethod(holds_dicom)
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        image_size: int = 224,
-        resize: Resize = "squash",
-        slice_at: float = 0.5,
-        anonymise: bool = False,
-        flip: float = 0.5,
-        rotate: float = 10.0,
-        zoom: tuple[float, float] = (0.79, 1.23),
-        shift: float = 0.06,
-        gamma: tuple[float, float] = (0.7, 1.4),
-        contrast: tuple[float, float] = (0.75, 1.3),
-        brightness: float = 0.1,
-        blur: float = 1.0,
-        noise: float = 0.03,
-        batch_size: int = 32,
-        **pictures: Any,
-    ) -> None:
+        self, root: str | None = None, name: str | None = None, image_size: int = 224,
+        resize: Resize = "squash", slice_at: float = 0.5, anonymise: bool = False, flip: float = 0.5,
+        rotate: float = 10.0, zoom: tuple[float, float] = (0.79, 1.23), shift: float = 0.06,
+        gamma: tuple[float, float] = (0.7, 1.4), contrast: tuple[float, float] = (0.75, 1.3),
+        brightness: float = 0.1, blur: float = 1.0, noise: float = 0.03, batch_size: int = 32, **pictures: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             root, name, image_size, crop_fraction=1.0, resize=resize, scale=None, ratio=(1.0, 1.0), flip=flip,
             flip_vertical=0.0, policy="none", colour=0.0, erase=0.0, batch_size=batch_size, **pictures,

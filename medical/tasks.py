@@ -47,20 +47,11 @@ class SlideClassifier(Classifier):
     deviation: Tensor
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        arch: Literal["ga", "mha"] = "ga",
-        d_inner: int = 128,
-        n_token: int = 5,
-        n_masked_patch: int = 10,
-        mask_drop: float = 0.6,
-        gate: int = 128,
-        dropout: float | None = None,
-        aem: float = 0.0,
-        smoothing: float = 0.0,
-        input_dropout: float = 0.0,
+        self, facts: dict[str, Any] | None = None, arch: Literal["ga", "mha"] = "ga", d_inner: int = 128,
+        n_token: int = 5, n_masked_patch: int = 10, mask_drop: float = 0.6, gate: int = 128,
+        dropout: float | None = None, aem: float = 0.0, smoothing: float = 0.0, input_dropout: float = 0.0,
         **system: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         mean = torch.tensor(self.facts["mean"])
         self.register_buffer("mean", mean, persistent=False)

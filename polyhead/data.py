@@ -146,13 +146,9 @@ class DataModule(LightningDataModule):
     """
 
     def __init__(
-        self,
-        root: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, root: str | None = None, batch_size: int = 64, num_workers: int = 0, seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size}: at least 1 is needed")

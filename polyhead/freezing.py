@@ -14,7 +14,7 @@ class Freezing(System):
     """A System of which named parts are not trained; their norms keep their statistics.
 
     A subclass calls `freeze_parts(names, unfreeze_at)` once its network is built, and says which parameters are its
-    head (`head_parameters`).
+    head (`head_parameters`) and where all batch norms keep their statistics in training (`still_norms`).
     """
 
     def freeze_parts(self, names: list[str] | None, unfreeze_at: int | None = None) -> None:
@@ -36,6 +36,10 @@ class Freezing(System):
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters of the classifier, which are new when other weights are started from."""
         raise NotImplementedError
+
+    def still_norms(self) -> nn.Module | None:
+        """The part of which no batch norm averages in training, whether it is frozen or not."""
+        return None
 
     def head_prefixes(self) -> list[str]:
         """Where the classifier's weights are: they may be new when starting from other weights."""
@@ -69,6 +73,10 @@ class Freezing(System):
             for name, module in self.network.named_modules():
                 own = [f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)]
                 if own and all(n in self._frozen_set for n in own):
+                    module.eval()
+        if mode and hasattr(self, "network") and (still := self.still_norms()) is not None:
+            for module in still.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 

@@ -95,36 +95,17 @@ class PictureData(DataModule):
     known: Callable[[Location], bool] | None = None
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        image_size: int = 224,
-        crop_fraction: float = 1.0,
-        resize: Resize = "crop",
-        scale: tuple[float, float] | None = (0.35, 1.0),
-        ratio: tuple[float, float] = (0.75, 4 / 3),
-        flip: float | None = None,
-        flip_vertical: float = 0.0,
-        policy: Literal["none", "trivial", "rand"] = "none",
-        colour: float = 0.0,
-        erase: float = 0.0,
-        classes: list[str] | None = None,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        path_column: str | None = None,
-        label_column: str | None = None,
-        split_column: str | None = None,
-        group_column: str | None = None,
-        balance: Literal["none", "classes", "repeat"] = "none",
-        min_epoch_size: int = 0,
-        cache: Literal["ram", "none"] = "ram",
-        cache_limit_mb: int = 2048,
-        max_pixels: int = MAX_PIXELS,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, root: str | None = None, name: str | None = None, image_size: int = 224,
+        crop_fraction: float = 1.0, resize: Resize = "crop", scale: tuple[float, float] | None = (0.35, 1.0),
+        ratio: tuple[float, float] = (0.75, 4 / 3), flip: float | None = None, flip_vertical: float = 0.0,
+        policy: Literal["none", "trivial", "rand"] = "none", colour: float = 0.0, erase: float = 0.0,
+        classes: list[str] | None = None, val_fraction: float = 0.15, test_fraction: float = 0.15,
+        path_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
+        group_column: str | None = None, balance: Literal["none", "classes", "repeat"] = "none",
+        min_epoch_size: int = 0, cache: Literal["ram", "none"] = "ram", cache_limit_mb: int = 2048,
+        max_pixels: int = MAX_PIXELS, batch_size: int = 64, num_workers: int = 0, seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(root, batch_size, num_workers, seed, on_error)
         if image_size < 1:
             raise UserError(f"data.image_size is {image_size}: at least 1 is needed")

@@ -255,25 +255,15 @@ class PolyheadTrainer(Trainer):
         return self._evaluate(model, datamodule, "val")
 
     def test(  # type: ignore[override]
-        self,
-        model: System,
-        dataloaders: Any = None,
-        datamodule: DataModule | None = None,
-        ckpt_path: str | None = None,
-        overwrite: bool = False,
-    ) -> Any:
-        """Evaluate on the test split.
-
-        Args:
-            model: the system.
-            dataloaders: not used by the command.
-            datamodule: the data.
-            ckpt_path: the weights: a checkpoint, a bundle, a shipped model, or `best`/`last` of --output.
-            overwrite: replace the results of an earlier test in --output.
-        """
+        self, model: System, dataloaders: Any = None, datamodule: DataModule | None = None,
+        ckpt_path: str | None = None, overwrite: bool = False,
+    ) -> Any:  # fmt: skip
         if datamodule is None:
             return super().test(model, dataloaders, ckpt_path)
         return self._evaluate(model, datamodule, "test")
+
+    # The command's help is the docstring
+    test.__doc__ = str(validate.__doc__).replace("validation", "test").replace("validate", "test")
 
     def predict(  # type: ignore[override]
         self,

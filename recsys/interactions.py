@@ -163,33 +163,17 @@ class Interactions(DataModule):
     """
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        user_column: str | None = None,
-        item_column: str | None = None,
-        time_column: str | None = None,
-        separator: str | None = None,
-        list_separator: str | None = None,
-        order: Literal["time", "rows"] = "time",
-        duplicates: Literal["drop", "keep"] = "drop",
-        kcore: int = 0,
-        split: Literal["leave_one_out", "time"] = "leave_one_out",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        max_len: int | None = None,
-        time_span: int = 1,
-        seen: Literal["window", "all"] = "window",
-        max_positions: int = 4096,
-        min_steps: int = 40,
-        items: str | None = None,
-        transitions: int | None = None,
-        extend: str | None = None,
-        batch_size: int = 256,
-        num_workers: int = 0,
-        seed: int = 0,
+        self, root: str | None = None, name: str | None = None, user_column: str | None = None,
+        item_column: str | None = None, time_column: str | None = None, separator: str | None = None,
+        list_separator: str | None = None, order: Literal["time", "rows"] = "time",
+        duplicates: Literal["drop", "keep"] = "drop", kcore: int = 0,
+        split: Literal["leave_one_out", "time"] = "leave_one_out", val_fraction: float = 0.1,
+        test_fraction: float = 0.1, max_len: int | None = None, time_span: int = 1,
+        seen: Literal["window", "all"] = "window", max_positions: int = 4096, min_steps: int = 40,
+        items: str | None = None, transitions: int | None = None, extend: str | None = None,
+        batch_size: int = 256, num_workers: int = 0, seed: int = 0,
         on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(root, batch_size, num_workers, seed, on_error)
         least = {"kcore": 0, "time_span": 1, "max_positions": 1, "min_steps": 1, "max_len": 2}
         for argument, value in {"kcore": kcore, "time_span": time_span, "max_positions": max_positions,

@@ -131,16 +131,9 @@ class MQSATED(nn.Module):
     """
 
     def __init__(
-        self,
-        items: int,
-        max_len: int = 50,
-        dim: int = 64,
-        blocks: int = 1,
-        heads: int = 1,
-        length: int = 3,
-        alpha: float = 0.5,
-        dropout: float = 0.5,
-    ) -> None:
+        self, items: int, max_len: int = 50, dim: int = 64, blocks: int = 1, heads: int = 1, length: int = 3,
+        alpha: float = 0.5, dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.items, self.max_len, self.dim, self.alpha, self.dropout = items, max_len, dim, alpha, dropout
         self.item = nn.Parameter(torch.empty(items, dim))

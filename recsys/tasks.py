@@ -54,22 +54,11 @@ class NextItem(System):
     place: Tensor
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        dim: int = 64,
-        blocks: int = 1,
-        heads: int = 1,
-        length: int = 3,
-        alpha: float = 0.5,
-        dropout: float = 0.5,
-        lambda_kd: float = 0.1,
-        tau: float = 0.1,
-        topk: int = 20,
-        filter_seen: bool = True,
-        cutoffs: list[int] | None = None,
-        baselines: bool = True,
+        self, facts: dict[str, Any] | None = None, dim: int = 64, blocks: int = 1, heads: int = 1,
+        length: int = 3, alpha: float = 0.5, dropout: float = 0.5, lambda_kd: float = 0.1, tau: float = 0.1,
+        topk: int = 20, filter_seen: bool = True, cutoffs: list[int] | None = None, baselines: bool = True,
         **system: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         for name, value in {"dim": dim, "blocks": blocks, "heads": heads, "length": length, "topk": topk}.items():
             if value < 1:

@@ -21,16 +21,10 @@ from recsys.tasks import NextItem
 
 
 def vectors(
-    ckpt_path: str,
-    output: str,
-    root: str | None = None,
-    name: str | None = None,
-    user_column: str | None = None,
-    item_column: str | None = None,
-    time_column: str | None = None,
-    order: str | None = None,
-    overwrite: bool = False,
-) -> None:
+    ckpt_path: str, output: str, root: str | None = None, name: str | None = None,
+    user_column: str | None = None, item_column: str | None = None, time_column: str | None = None,
+    order: str | None = None, overwrite: bool = False,
+) -> None:  # fmt: skip
     """Write a recommender's items and users as vectors whose inner product is the score.
 
     Args:

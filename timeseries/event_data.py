@@ -118,29 +118,14 @@ class EventData(DataModule):
     """
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        window: Window = "auto",
-        first_event: First = "auto",
-        time_unit: float = 1.0,
-        types: list[str] | None = None,
-        labels: list[str] | None = None,
-        time_scale: float | None = None,
-        max_events: int = 5000,
-        max_positions: int = 1024,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
-        sequence_column: str | None = None,
-        time_column: str | None = None,
-        type_column: str | None = None,
-        end_column: str | None = None,
-        split_column: str | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> None:
+        self, root: str | None = None, name: str | None = None, window: Window = "auto",
+        first_event: First = "auto", time_unit: float = 1.0, types: list[str] | None = None,
+        labels: list[str] | None = None, time_scale: float | None = None, max_events: int = 5000,
+        max_positions: int = 1024, val_fraction: float = 0.15, test_fraction: float = 0.15,
+        sequence_column: str | None = None, time_column: str | None = None, type_column: str | None = None,
+        end_column: str | None = None, split_column: str | None = None, batch_size: int = 32,
+        num_workers: int = 0, seed: int = 0, on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:  # fmt: skip
         super().__init__(root, batch_size, num_workers, seed, on_error)
         for option, value in {"time_unit": time_unit, "time_scale": time_scale}.items():
             if value is not None and not (0 < value < float("inf")):

@@ -23,16 +23,9 @@ SUFFIXES = (".parquet", ".csv", ".npz")
 
 
 def simulate(
-    ckpt_path: str,
-    output: str,
-    window: float,
-    sequences: int = 100,
-    history: str | None = None,
-    first: str | None = None,
-    seed: int = 0,
-    most: int = 10_000,
-    overwrite: bool = False,
-) -> None:
+    ckpt_path: str, output: str, window: float, sequences: int = 100, history: str | None = None,
+    first: str | None = None, seed: int = 0, most: int = 10_000, overwrite: bool = False,
+) -> None:  # fmt: skip
     """Draw event sequences from a trained model, by thinning with a proven bound.
 
     Args:

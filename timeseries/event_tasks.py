@@ -69,27 +69,12 @@ class EventModel(System):
     network: SAHP
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        d_model: int = 16,
-        heads: int = 4,
-        layers: int = 4,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        score: Score = "softmax",
-        variant: Variant = "sahp",
-        norm: bool = False,
-        rates: int = 3,
-        alignment: Alignment = "causal",
-        integral: Rule = "quadrature",
-        nodes: int = 8,
-        eval_nodes: int = 32,
-        position_offset: int = 0,
-        horizon: float | None = None,
-        samples: int = 200,
-        every_event: bool = False,
-        **system: Any,
-    ) -> None:
+        self, facts: dict[str, Any] | None = None, d_model: int = 16, heads: int = 4, layers: int = 4,
+        dropout: float = 0.0, attention_dropout: float = 0.0, score: Score = "softmax",
+        variant: Variant = "sahp", norm: bool = False, rates: int = 3, alignment: Alignment = "causal",
+        integral: Rule = "quadrature", nodes: int = 8, eval_nodes: int = 32, position_offset: int = 0,
+        horizon: float | None = None, samples: int = 200, every_event: bool = False, **system: Any,
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         for name, value in {"nodes": nodes, "eval_nodes": eval_nodes, "samples": samples, "heads": heads}.items():
             if value < 1:

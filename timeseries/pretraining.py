@@ -91,21 +91,11 @@ class SignalModel(System):
     network: MVPFormer
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        size: str = "mvpformer_xs",
-        encoder: Encoder = "wavelet",
-        anchor: Anchor = "zero",
-        n_positions: int = 110,
-        n_channels: int = 128,
-        dropout: float = 0.1,
-        structured: bool = False,
-        init: float = 0.02,
-        network: dict[str, Any] | None = None,
-        negatives: int = 30,
-        temperature: float = 0.1,
-        **system: Any,
-    ) -> None:
+        self, facts: dict[str, Any] | None = None, size: str = "mvpformer_xs", encoder: Encoder = "wavelet",
+        anchor: Anchor = "zero", n_positions: int = 110, n_channels: int = 128, dropout: float = 0.1,
+        structured: bool = False, init: float = 0.02, network: dict[str, Any] | None = None,
+        negatives: int = 30, temperature: float = 0.1, **system: Any,
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         if negatives < 1 or temperature <= 0:
             raise UserError(f"model.negatives {negatives} and model.temperature {temperature:g} must be above 0")

@@ -85,14 +85,9 @@ def write_events(path: Path, marks: Sequence[Mark], scores: Sequence[float] | No
 
 
 def epileptor(
-    output: str,
-    recordings: int = 3,
-    channels: int = 16,
-    hours: float = 1.0,
-    seed: int = 0,
-    seizures: int = 4,
+    output: str, recordings: int = 3, channels: int = 16, hours: float = 1.0, seed: int = 0, seizures: int = 4,
     artefacts: int = 6,
-) -> None:
+) -> None:  # fmt: skip
     """Simulate intracranial recordings with seizures at known times and channels, as EDF+ with BIDS tables.
 
     Args:

@@ -121,32 +121,15 @@ class SeizureDetector(Classifier):
     threshold: Tensor
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        size: str = "mvpformer_xs",
-        head: Literal["mean", "channel", "named"] = "mean",
-        rank: int = 2,
-        encoder: Encoder = "wavelet",
-        anchor: Anchor = "zero",
-        n_positions: int = 110,
-        n_channels: int = 128,
-        dropout: float = 0.1,
-        structured: bool = False,
-        init: float = 0.02,
-        network: dict[str, Any] | None = None,
-        trained_segments: int | None = None,
-        train: Literal["full", "head", "lora"] = "full",
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
-        feature_noise: float = 0.0,
-        channel_dropout: float = 0.0,
-        smooth: int = 3,
-        join: float = 15.0,
-        shortest: float = 6.0,
-        tolerance: float = 5.0,
-        false_alarms: float = 0.1,
-        **system: Any,
-    ) -> None:
+        self, facts: dict[str, Any] | None = None, size: str = "mvpformer_xs",
+        head: Literal["mean", "channel", "named"] = "mean", rank: int = 2, encoder: Encoder = "wavelet",
+        anchor: Anchor = "zero", n_positions: int = 110, n_channels: int = 128, dropout: float = 0.1,
+        structured: bool = False, init: float = 0.02, network: dict[str, Any] | None = None,
+        trained_segments: int | None = None, train: Literal["full", "head", "lora"] = "full",
+        lora_rank: int = 8, lora_alpha: float = 16.0, feature_noise: float = 0.0, channel_dropout: float = 0.0,
+        smooth: int = 3, join: float = 15.0, shortest: float = 6.0, tolerance: float = 5.0,
+        false_alarms: float = 0.1, **system: Any,
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         self.length = round(self.facts["rate"] * self.facts["segment"])
         self.channels: list[str] | None = self.facts.get("channels")

@@ -308,18 +308,10 @@ class SAHP(nn.Module):
     """
 
     def __init__(
-        self,
-        types: int,
-        d_model: int = 16,
-        heads: int = 8,
-        layers: int = 4,
-        dropout: float = 0.1,
-        attention_dropout: float = 0.1,
-        score: Score = "softmax",
-        variant: Variant = "sahp",
-        rates: int = 0,
+        self, types: int, d_model: int = 16, heads: int = 8, layers: int = 4, dropout: float = 0.1,
+        attention_dropout: float = 0.1, score: Score = "softmax", variant: Variant = "sahp", rates: int = 0,
         norm: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if types < 1 or layers < 1:
             raise UserError(f"SAHP needs at least one type and one layer, not {types} and {layers}")
@@ -347,14 +339,9 @@ class SAHP(nn.Module):
         return {"excitation.raw", "excitation.shared"}
 
     def hidden(
-        self,
-        dt: Tensor,
-        types: Tensor,
-        mask: Tensor | None = None,
-        first: Tensor | int = 0,
-        weights: list[Tensor] | None = None,
-        caches: list[Cache] | None = None,
-    ) -> Tensor:
+        self, dt: Tensor, types: Tensor, mask: Tensor | None = None, first: Tensor | int = 0,
+        weights: list[Tensor] | None = None, caches: list[Cache] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The encoder: `[B, N]` gaps before the rows and types -> `[B, N, D]`. See `Attention` and `Embedding`."""
         x = self.embedding(dt, types, first)
         for layer in range(self.layers):
@@ -364,13 +351,9 @@ class SAHP(nn.Module):
         return x
 
     def forward(
-        self,
-        dt: Tensor,
-        types: Tensor,
-        mask: Tensor | None = None,
-        first: Tensor | int = 0,
+        self, dt: Tensor, types: Tensor, mask: Tensor | None = None, first: Tensor | int = 0,
         weights: list[Tensor] | None = None,
-    ) -> States:
+    ) -> States:  # fmt: skip
         """The states after every row.
 
         Args:

@@ -50,8 +50,9 @@ def pick_variant(name: str, table: Mapping[str, T], family: str) -> T:
 
 
 def captured(
-    model: nn.Module, x: Tensor, kind: type[nn.Module], look: Callable[[Any, Tensor], Tensor]
-) -> dict[str, Tensor]:
+    model: nn.Module, x: Tensor, kind: type[nn.Module] | tuple[type[nn.Module], ...],
+    look: Callable[[Any, Tensor], Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
     """What `look(module, its input)` gives for every module of a kind, by the module's name, in one pass over x."""
     found: dict[str, Tensor] = {}
 

@@ -71,22 +71,13 @@ class ExpressionClassifier(Freezing, Classifier):
     std: Tensor
 
     def __init__(
-        self,
-        facts: dict[str, Any] | None = None,
-        variant: str = "transfer",
-        network_options: dict[str, Any] | None = None,
-        image_size: int | None = None,
-        pretrained: bool = False,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        label_smoothing: float = 0.0,
-        class_weights: Literal["none", "balanced"] = "none",
-        freeze: list[str] | None = None,
-        unfreeze_at: int | None = None,
-        freeze_norms: bool = False,
-        flip_tta: bool = False,
-        **system: Any,
-    ) -> None:
+        self, facts: dict[str, Any] | None = None, variant: str = "transfer",
+        network_options: dict[str, Any] | None = None, image_size: int | None = None, pretrained: bool = False,
+        mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None,
+        label_smoothing: float = 0.0, class_weights: Literal["none", "balanced"] = "none",
+        freeze: list[str] | None = None, unfreeze_at: int | None = None, freeze_norms: bool = False,
+        flip_tta: bool = False, **system: Any,
+    ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         if not 0 <= label_smoothing <= 1:
             raise UserError(f"model.label_smoothing is {label_smoothing:g}: it must be between 0 and 1")
@@ -110,13 +101,8 @@ class ExpressionClassifier(Freezing, Classifier):
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.network.head.parameters())
 
-    def train(self, mode: bool = True) -> ExpressionClassifier:
-        super().train(mode)
-        if mode and self.freeze_norms and hasattr(self, "network"):
-            for module in self.network.extractor.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
+    def still_norms(self) -> nn.Module | None:
+        return self.network.extractor if self.freeze_norms else None
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Position embeddings of another image size are interpolated."""

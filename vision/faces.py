@@ -197,22 +197,11 @@ class FaceData(PictureData):
     """
 
     def __init__(
-        self,
-        root: str | None = None,
-        name: str | None = None,
-        image_size: int = 112,
-        align: Align = "none",
-        landmarks: str | None = None,
-        yunet: str | None = None,
-        votes: Votes = "majority",
-        scale: tuple[float, float] | None = (0.7, 1.0),
-        ratio: tuple[float, float] = (0.9, 1.1),
-        flip: float = 0.5,
-        colour: float = 0.3,
-        erase: float = 0.25,
-        batch_size: int = 32,
-        **pictures: Any,
-    ) -> None:
+        self, root: str | None = None, name: str | None = None, image_size: int = 112, align: Align = "none",
+        landmarks: str | None = None, yunet: str | None = None, votes: Votes = "majority",
+        scale: tuple[float, float] | None = (0.7, 1.0), ratio: tuple[float, float] = (0.9, 1.1),
+        flip: float = 0.5, colour: float = 0.3, erase: float = 0.25, batch_size: int = 32, **pictures: Any,
+    ) -> None:  # fmt: skip
         super().__init__(
             root, name, image_size, scale=scale, ratio=ratio, flip=flip, colour=colour, erase=erase,
             batch_size=batch_size, **pictures,

@@ -156,22 +156,11 @@ class HaloAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        dim_out: int | None = None,
-        feat_size: Any = None,
-        stride: int = 1,
-        num_heads: int = 8,
-        dim_head: int | None = None,
-        block_size: int = 8,
-        halo_size: int = 3,
-        qk_ratio: float = 1.0,
-        qkv_bias: bool = False,
-        avg_down: bool = False,
-        scale_pos_embed: bool = False,
-        mask_padding: bool = False,
-        geometric_rel_pos: bool = False,
-    ) -> None:
+        self, dim: int, dim_out: int | None = None, feat_size: Any = None, stride: int = 1, num_heads: int = 8,
+        dim_head: int | None = None, block_size: int = 8, halo_size: int = 3, qk_ratio: float = 1.0,
+        qkv_bias: bool = False, avg_down: bool = False, scale_pos_embed: bool = False,
+        mask_padding: bool = False, geometric_rel_pos: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim_out = dim_out or dim
         if dim_out % num_heads:

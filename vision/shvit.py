@@ -10,7 +10,7 @@ tokens, p channels that attend, r width of a query.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.errors import UserError
-from vision.common import check_images, pick_variant
+from vision.common import captured, check_images, pick_variant
 
 # Table 1 of the paper; partial_dim[0] is unused, since the first stage is of type "i"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -268,19 +268,8 @@ class SHViT(nn.Module):
 
         Row n says how token n (row-major over the stage's map) spreads its attention.
         """
-        maps: dict[str, Tensor] = {}
-
-        def record(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-            return lambda mixer, inputs: maps.update({name: mixer.attention(*inputs)[0]})  # type: ignore
-
-        mixers = {n.removesuffix(".mixer.m"): m for n, m in self.named_modules() if isinstance(m, SHSA)}
-        hooks = [mixer.register_forward_pre_hook(record(name)) for name, mixer in mixers.items()]
-        try:
-            self.forward_features(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return maps
+        maps = captured(self, x, SHSA, lambda mixer, x: mixer.attention(x)[0])
+        return {name.removesuffix(".mixer.m"): matrix for name, matrix in maps.items()}
 
     def get_classifier(self) -> Any:
         """The linear classifier, a pair with `distillation`, the identity without classes."""

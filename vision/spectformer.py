@@ -89,18 +89,10 @@ class VanillaSpectFormer(Backbone):
     """
 
     def __init__(
-        self,
-        img_size: Size = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        alpha: int = 4,
+        self, img_size: Size = 224, patch_size: int = 16, in_chans: int = 3, num_classes: int = 1000,
+        embed_dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, alpha: int = 4,
         drop_path_rate: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_chans, self.num_classes, self.patch_size = in_chans, num_classes, patch_size
         self.num_features = embed_dim
@@ -318,20 +310,11 @@ class HierarchicalSpectFormer(Backbone):
     """
 
     def __init__(
-        self,
-        img_size: Size = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        stem_hidden_dim: int = 32,
-        embed_dims: Sequence[int] = (64, 128, 320, 448),
-        num_heads: Sequence[int] = (2, 4, 10, 14),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        depths: Sequence[int] = (3, 4, 6, 3),
-        sr_ratios: Any = None,
-        drop_path_rate: float = 0.0,
-        token_label: bool = True,
-        mix_token: bool = True,
-    ) -> None:
+        self, img_size: Size = 224, in_chans: int = 3, num_classes: int = 1000, stem_hidden_dim: int = 32,
+        embed_dims: Sequence[int] = (64, 128, 320, 448), num_heads: Sequence[int] = (2, 4, 10, 14),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4), depths: Sequence[int] = (3, 4, 6, 3), sr_ratios: Any = None,
+        drop_path_rate: float = 0.0, token_label: bool = True, mix_token: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
         self.token_label, self.mix_token = token_label, mix_token

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from polyhead.errors import UserError
+from vision.common import captured
 from vision.inference import pack_linears
 from vision.spectral_gate import SpectralGate, resize_filter
 
@@ -158,17 +158,6 @@ class Backbone(nn.Module):
         The hierarchical class attention (`post_network.0.attn`) says what the class token looks at; the
         other layers are means over heads and queries.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Any:
-            return lambda module, inputs: found.__setitem__(name, module.weights(inputs[0]))
-
-        layers = {n: m for n, m in self.named_modules() if isinstance(m, Attention | ClassAttention)}
-        hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-        try:
-            self.forward_features(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        found = captured(self, x, (Attention, ClassAttention), lambda layer, x: layer.weights(x))
         by_count = {math.prod(grid): grid for grid in self.grids(x)}
         return {name: w.unflatten(1, by_count[w.shape[1]]) for name, w in found.items()}

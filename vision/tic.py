@@ -70,18 +70,10 @@ class MSAConvAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        input_channel: int,
-        kernel_size: int | Sequence[int],
-        dilation: int = 1,
-        dropout: float = 0.1,
-        im2col_step: int = 7,
-        heads: int = 1,
-        shift: int | None = 0,
-        inter_pool: int = 1,
-        index: int = 0,
+        self, input_channel: int, kernel_size: int | Sequence[int], dilation: int = 1, dropout: float = 0.1,
+        im2col_step: int = 7, heads: int = 1, shift: int | None = 0, inter_pool: int = 1, index: int = 0,
         wide: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if input_channel % heads:
             raise UserError(f"MSA-Conv: {input_channel} channels cannot be split into {heads} heads")
@@ -173,18 +165,10 @@ class MSAConvBlock(MSAConvAttention):
     """
 
     def __init__(
-        self,
-        input_channel: int,
-        output_channel: int,
-        kernel_size: int | Sequence[int],
-        stride: int = 1,
-        dilation: int = 1,
-        dropout: float = 0.1,
-        im2col_step: int = 7,
-        padding: int | Sequence[int] | None = 1,
-        bias: bool = False,
-        heads: int = 1,
-    ) -> None:
+        self, input_channel: int, output_channel: int, kernel_size: int | Sequence[int], stride: int = 1,
+        dilation: int = 1, dropout: float = 0.1, im2col_step: int = 7, padding: int | Sequence[int] | None = 1,
+        bias: bool = False, heads: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__(input_channel, kernel_size, dilation, dropout, im2col_step, heads)
         kernel = self.kernel
         pads = (kernel[0] // 2, kernel[1] // 2) if padding is None else pair(padding)
@@ -259,21 +243,12 @@ class TiC(nn.Module):
     dynamic_size = True
 
     def __init__(
-        self,
-        dims: Sequence[int] = (32, 64, 128, 256),
-        depths: Sequence[int] = (1, 1, 2, 1),
-        heads: Sequence[int] = (1, 2, 4, 8),
-        kernel: int | Sequence[int] = 5,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        mlp_ratio: float = 4.0,
-        dilations: Sequence[Sequence[int]] | None = None,
-        shift: int | None = None,
-        inter_pool: int = 2,
-        attn_drop: float = 0.0,
-        drop_rate: float = 0.0,
+        self, dims: Sequence[int] = (32, 64, 128, 256), depths: Sequence[int] = (1, 1, 2, 1),
+        heads: Sequence[int] = (1, 2, 4, 8), kernel: int | Sequence[int] = 5, num_classes: int = 1000,
+        in_chans: int = 3, mlp_ratio: float = 4.0, dilations: Sequence[Sequence[int]] | None = None,
+        shift: int | None = None, inter_pool: int = 2, attn_drop: float = 0.0, drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = dims[-1]

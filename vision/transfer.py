@@ -318,27 +318,12 @@ class TransFER(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 7,
-        trunk: str = "ir44",
-        units: tuple[int, ...] | list[int] | None = None,
-        widths: tuple[int, ...] | list[int] | None = None,
-        squeeze: bool = False,
-        stride: int = 16,
-        pretrained: bool = False,
-        image_size: int = 112,
-        branches: int = 2,
-        ratio: int = 16,
-        width: int = 768,
-        depth: int = 8,
-        heads: int = 8,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = False,
-        mad: float = 0.6,
-        msad: float = 0.3,
-        drop_mode: DropMode = "head",
-        mask_after_projection: bool = False,
-    ) -> None:
+        self, num_classes: int = 7, trunk: str = "ir44", units: tuple[int, ...] | list[int] | None = None,
+        widths: tuple[int, ...] | list[int] | None = None, squeeze: bool = False, stride: int = 16,
+        pretrained: bool = False, image_size: int = 112, branches: int = 2, ratio: int = 16, width: int = 768,
+        depth: int = 8, heads: int = 8, mlp_ratio: float = 3.0, qkv_bias: bool = False, mad: float = 0.6,
+        msad: float = 0.3, drop_mode: DropMode = "head", mask_after_projection: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name, value in {"mad": mad, "msad": msad}.items():
             if not 0 <= value <= 1:
@@ -394,20 +379,12 @@ class APViT(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int = 7,
-        units: tuple[int, ...] | list[int] = (3, 4, 14),
-        widths: tuple[int, ...] | list[int] = WIDTHS,
-        squeeze: bool = False,
-        image_size: int = 112,
-        width: int = 768,
-        depth: int = 8,
-        heads: int = 8,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = False,
+        self, num_classes: int = 7, units: tuple[int, ...] | list[int] = (3, 4, 14),
+        widths: tuple[int, ...] | list[int] = WIDTHS, squeeze: bool = False, image_size: int = 112,
+        width: int = 768, depth: int = 8, heads: int = 8, mlp_ratio: float = 3.0, qkv_bias: bool = False,
         keep_num: int = 160,
         keep_rates: tuple[float, ...] | list[float] = (1.0, 1.0, 1.0, 1.0, 0.9, 0.9, 0.9, 0.9),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if len(keep_rates) != depth:
             raise UserError(f"APViT has {depth} blocks and {len(keep_rates)} keep_rates")

@@ -54,16 +54,9 @@ def centred(kernel: int, dilation: int) -> int:
 
 
 def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Pair,
-    dilation: int = 1,
-    heads: int = 1,
-    pool: int = 1,
-    dropout: float = 0.0,
-    tile: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, kernel: Pair, dilation: int = 1, heads: int = 1, pool: int = 1,
+    dropout: float = 0.0, tile: int | None = None,
+) -> Tensor:  # fmt: skip
     """softmax over the window of (q k * (C/h)**-0.5), times v: `[B, H, W, C]` three times -> `[B, H, W, C]`.
 
     Positions beyond the map have key 0 and value 0 and stay in the softmax. With `pool` = s, k and v are
@@ -247,15 +240,9 @@ class _Local(torch.autograd.Function):
 
 
 def attend_simply(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Pair,
-    dilation: int = 1,
-    heads: int = 1,
-    pool: int = 1,
+    q: Tensor, k: Tensor, v: Tensor, kernel: Pair, dilation: int = 1, heads: int = 1, pool: int = 1,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`window_attention` written out, with the unscaled logits and the weights `[B, h, kh*kw, H, W]`.
 
     It holds every window of the map at once: for looking at the weights, and for windows that interleaving
