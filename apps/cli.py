@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import json
 import logging
 import os
 import shlex
@@ -202,6 +203,11 @@ class PolyheadCLI(LightningCLI):
         if given.init_from and "extend" in arguments_of_data:
             # Data that number what they hold go on numbering where that model's stopped
             self.config[self.only].data.init_args.extend = given.init_from
+        if self.resume_path is not None and arguments_of_data.get("extend") and self.saved is not None:
+            # The numbering was made when the training began, and is in its checkpoint
+            facts = self.saved.model.get("init_args", {}).get("facts") or {}
+            for name, value in facts.items():
+                arguments_of_data[name] = value
         if given.print_config is not None:
             self._print_config(given.print_config)
 
@@ -476,6 +482,8 @@ class PolyheadCLI(LightningCLI):
         trainer: Any = self.trainer
         trainer.command = "polyhead " + shlex.join([self.only, *self.words])
         trainer.config_text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        if self.resume_path is not None:
+            self._same_facts(facts)
         if self.saved is not None and self.saved.state and (self.only != "fit" or self.resume_path is not None):
             bundle.load_weights(model, self.saved)
         if self.given.init_from:
@@ -487,6 +495,18 @@ class PolyheadCLI(LightningCLI):
             model.begin(data)
         if self._first:
             self._open()
+
+    def _same_facts(self, facts: dict[str, Any]) -> None:
+        """Refuse to go on with a training on data that say something else than when it began."""
+        saved: Any = self.saved
+        before = saved.model.get("init_args", {}).get("facts") or {}
+        changed = [k for k, v in facts.items() if k in before and json.dumps(v) != json.dumps(before[k])]
+        if changed:
+            raise UserError(
+                f"the data have changed since {saved.path} was written (their {' and '.join(changed)}): "
+                "a training goes on with what it began with",
+                [f"--init_from {saved.path} starts a new one from its weights"],
+            )
 
 
 def _with(recipe: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:

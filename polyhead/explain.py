@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
     data.setup("predict")
     count = 0
     failed: list[Unreadable] = []
+    times: Counter[str] = Counter()  # names that differ may become the same file name
     for batch in data.loader(data.samples("predict"), "predict"):
         if count + len(failed) >= limit:
             break
@@ -67,9 +69,13 @@ def explain(system: System, data: DataModule, folder: Path, limit: int) -> tuple
             batch = first(move(batch, system.device), room)
             described = list(zip(batch["id"], describe(batch), strict=True))
         for name, (figure, arrays) in described:
-            with atomic_write(folder / f"{safe_name(name)}.png") as path:
+            stem = safe_name(name)
+            times[stem] += 1
+            if times[stem] > 1:
+                stem = f"{stem}__{times[stem]}"
+            with atomic_write(folder / f"{stem}.png") as path:
                 figure.savefig(path, dpi=100, bbox_inches="tight")
-            with atomic_write(folder / f"{safe_name(name)}.npz") as path:
+            with atomic_write(folder / f"{stem}.npz") as path:
                 np.savez_compressed(path, **arrays)
             pyplot.close(figure)
             count += 1

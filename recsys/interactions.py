@@ -194,9 +194,14 @@ class Interactions(DataModule):
     # Reading
 
     @cached_property
+    def everything(self) -> Log:
+        """The log as it is, for prediction."""
+        return threads() if self.root is None else read_log(self.root, self.name, self.format)
+
+    @cached_property
     def log(self) -> Log:
         """The log with the k-core's events only."""
-        log = threads() if self.root is None else read_log(self.root, self.name, self.format)
+        log = self.everything
         if not self.kcore:
             return log
         keep = core(log.user, log.item, self.kcore)
@@ -225,7 +230,9 @@ class Interactions(DataModule):
     @cached_property
     def histories(self) -> Histories:
         """Everybody's events; -1 where the catalogue lacks the item."""
-        log = self.log
+        return self._histories(self.log)
+
+    def _histories(self, log: Log) -> Histories:
         starts = np.concatenate([[0], np.cumsum(np.bincount(log.user, minlength=len(log.users)))])
         return Histories(starts, self.catalogue.numbers_of(log.items)[log.item])
 
@@ -275,9 +282,11 @@ class Interactions(DataModule):
 
     def questions(self, split: Split) -> Questions:
         """The histories of a split and what came next; in prediction whole histories."""
-        histories, size = self.histories, len(self.catalogue)
+        size = len(self.catalogue)
         if split == "predict":
-            return Questions(histories.known(), self.ids(), size, None)
+            everybody = [str(u) for u in self.everything.users]
+            return Questions(self._histories(self.everything).known(), everybody, size, None)
+        histories = self.histories
         ends = self._ends()
         place = ends[split]
         rows = np.flatnonzero(place >= 0)
@@ -308,7 +317,10 @@ class Interactions(DataModule):
     def prepare(self, stage: str) -> None:
         where = self.root or "the embedded sample"
         if stage == "predict":
-            self._tell_unknown()
+            # Prediction goes on without what cannot be used, and says so
+            self.format.skip = True
+            self._tell_lost(self.everything)
+            self._tell_unknown(self.everything)
             return
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             if not len(self.samples(split)):  # type: ignore[arg-type]
@@ -316,15 +328,20 @@ class Interactions(DataModule):
                 need = need if self.split == "leave_one_out" else f"events in the {split} stretch"
                 raise UserError(f"{where} has nothing for the {split} part: {need} at least is needed")
         if stage != "fit":
-            self._tell_unknown()
+            self._tell_unknown(self.log)
 
-    def _tell_unknown(self) -> None:
-        items = self.histories.items
-        lost = int((items < 0).sum())
-        if lost:
-            kinds = int((self.catalogue.numbers_of(self.log.items) < 0).sum())
-            print(f"{lost:,} of {len(items):,} events are of {kinds:,} items that the model does not know: left out",
-                  file=sys.stderr)  # fmt: skip
+    def _tell_unknown(self, log: Log) -> None:
+        unknown = self.catalogue.numbers_of(log.items) < 0
+        if unknown.any():
+            print(f"{int(unknown[log.item].sum()):,} of {len(log.item):,} events are of {int(unknown.sum()):,} items "
+                  "that the model does not know: left out", file=sys.stderr)  # fmt: skip
+
+    def _tell_lost(self, log: Log) -> None:
+        """What of a log is no event."""
+        if log.incomplete:
+            print(f"{log.incomplete:,} rows lack a user, an item or a time: left out", file=sys.stderr)
+        if log.duplicates and self.format.duplicates == "drop":
+            print(f"{log.duplicates:,} events have the user, item and time of another: left out", file=sys.stderr)
 
     def dataset(self, split: Split) -> Samples:
         if split == "train":
@@ -339,6 +356,9 @@ class Interactions(DataModule):
             if isinstance(item, str) or not hasattr(item, "__iter__"):
                 raise UserError(f"a history is a list of item ids, the oldest first, not {item!r}")
             numbers.append(known.numbers_of(item))
+        unknown = sum(int((n < 0).sum()) for n in numbers)
+        if unknown:
+            print(f"{unknown:,} items that the model does not know: left out", file=sys.stderr)
         starts = np.concatenate([[0], np.cumsum([len(n) for n in numbers])]).astype(np.int64)
         histories = Histories(starts, np.concatenate([*numbers, np.empty(0, np.int32)]))
         return Questions(histories.known(), [f"input-{n}" for n in range(len(items))], len(known), None)

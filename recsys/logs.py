@@ -6,11 +6,13 @@ list of items.
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 import io
+import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from polyhead.sources import existing
 PARQUET = (".parquet", ".pq")
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".txt": "\t"}
 SUFFIXES = (*PARQUET, *SEPARATORS)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar")
 ROLES = {
     "user": ("user_id", "user", "userid", "uid", "session_id", "sessionid", "session", "customer_id", "customerid",
              "visitorid", "reviewerid", "member_id"),
@@ -112,7 +115,7 @@ class _Table:
         line = self.first_line()
         usual = SEPARATORS.get(self.suffix, ",")
         choices = [separator] if separator else [usual, *(s for s in (",", "\t", ";", "|") if s != usual)]
-        found = [([name.strip().strip('"') for name in line.split(s)], s) for s in choices]
+        found = [([name.strip() for name in next(csv.reader([line], delimiter=s))], s) for s in choices]
         return max(found, key=lambda f: len(f[0])) if line else ([], usual)
 
 
@@ -123,13 +126,13 @@ def _tables(root: Path, name: str | None) -> list[_Table]:
     archives = [root] if root.is_file() else []
     found: list[_Table] = []
     if root.is_dir():
-        files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = sorted((p for p in root.iterdir() if p.is_file() and not p.name.startswith(".")), key=_numbered)
         found = [_Table(p.name, p) for p in files if p.suffix.lower() in SUFFIXES and not _aside(p.name)]
         archives = [] if found else [p for p in files if p.suffix.lower() == ".zip"]
     for archive in archives:
         try:
             with zipfile.ZipFile(archive) as opened:
-                members = sorted(i.filename for i in opened.infolist() if not i.is_dir())
+                members = sorted((i.filename for i in opened.infolist() if not i.is_dir()), key=_numbered)
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"cannot read {archive}: {reason(error)}") from error
         found += [_Table(m, archive, m) for m in members
@@ -141,6 +144,11 @@ def _tables(root: Path, name: str | None) -> list[_Table]:
         labels = [t.label for t in found]
         raise UserError(f"no table {name} in {root}", [f"--data.name {n}" for n in nearest(name, labels) or labels])
     return chosen
+
+
+def _numbered(name: str | Path) -> list[tuple[str, int]]:
+    """A key that puts part-2 before part-10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(name))]
 
 
 def _aside(name: str) -> bool:
@@ -188,8 +196,11 @@ def _choose(root: Path, name: str | None, format: LogFormat) -> list[tuple[_Tabl
     tables = _tables(root, name)
     if not tables:
         raise UserError(f"no log at {root}: a table is needed ({', '.join(SUFFIXES)}), alone, in a folder or a zip")
-    opened, complaints = [], []
+    opened: list[tuple[_Table, dict[str, str], str]] = []
+    complaints: list[UserError] = []
     for table in tables:
+        if table.suffix in COMPRESSED:
+            raise UserError(f"{table.label} is compressed: unpack it, or put it into a zip")
         try:
             names, separator = table.header(format.separator)
             columns = _find_columns(table, names, format)
@@ -197,8 +208,8 @@ def _choose(root: Path, name: str | None, format: LogFormat) -> list[tuple[_Tabl
             complaints.append(error)
             continue
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            complaints.append(UserError(f"cannot read {table.label}: {reason(error)[:200]}"))
-            continue
+            raise UserError(f"cannot read {table.label}: {reason(error)[:200]}",
+                            ["--data.name chooses another"] if len(tables) > 1 else []) from error  # fmt: skip
         missing = [role for role in ("user", "item") if role not in columns]
         if missing:
             complaints.append(UserError(
@@ -208,7 +219,8 @@ def _choose(root: Path, name: str | None, format: LogFormat) -> list[tuple[_Tabl
             ))  # fmt: skip
             continue
         opened.append((table, columns, separator))
-    if not opened:
+    # A table that was asked for is not left out because something in it is wrong
+    if complaints and (name is not None or not opened):
         raise complaints[0]
     if len(opened) > 1 and name is None:
         raise UserError(f"{root} holds several logs: choose one with --data.name",
@@ -227,9 +239,11 @@ class _Ids:
         own = [self.numbers.setdefault(v, len(self.numbers)) for v in encoded.dictionary.to_pylist()]
         return np.array(own, dtype=np.int32)[encoded.indices.to_numpy(zero_copy_only=False)]
 
-    def sorted(self, text: bool) -> tuple[list[Any], np.ndarray]:
+    def sorted(self, text: bool, what: str) -> tuple[list[Any], np.ndarray]:
         """The ids in order, whole numbers as such, and where each number has gone."""
         names = list(self.numbers)
+        if len({type(name) for name in names}) > 1:
+            raise UserError(f"the {what} are numbers in some tables and text in others: save them alike")
         if text and all(isinstance(n, str) and n.isascii() and n.isdigit() and str(int(n)) == n for n in names):
             names = [int(n) for n in names]
         order = sorted(range(len(names)), key=names.__getitem__)
@@ -251,29 +265,39 @@ def _id_column(column: pa.Array, what: str) -> pa.Array:
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), None, column).cast(pa.string())
+        column = pc.utf8_trim_whitespace(column).cast(pa.string())
+        column = pc.if_else(pc.equal(column, ""), None, column)
+        # The same floats, as text
+        if pc.all(pc.match_substring_regex(column, r"^\d+(\.0)?$")).as_py():
+            column = pc.replace_substring_regex(column, r"\.0$", "")
+        return column
     raise UserError(f"{what} holds {kind}: ids are whole numbers or text")
 
 
-def _time_column(column: pa.Array, what: str) -> pa.Array:
-    """Times as int64 or float64, missing ones null. Raises UserError with the first that is no time."""
+def _time_column(column: pa.Array, what: str) -> tuple[pa.Array, bool]:
+    """Times as int64 or float64, missing ones null, and whether they are dates, in microseconds.
+
+    Raises:
+        UserError: with the first that is no time.
+    """
     kind = column.type
     if pa.types.is_temporal(kind):
-        return column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+        return column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), True
     if pa.types.is_integer(kind):
-        return column.cast(pa.int64())
+        return column.cast(pa.int64()), False
     if pa.types.is_floating(kind):
-        return pc.if_else(pc.is_nan(column), None, column).cast(pa.float64())
+        return pc.if_else(pc.is_nan(column), None, column).cast(pa.float64()), False
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         text = pc.utf8_trim_whitespace(column)
         text = pc.if_else(pc.equal(text, ""), None, text)
         for target in (pa.int64(), pa.float64()):
             try:
-                return _time_column(text.cast(target), what) if target == pa.float64() else text.cast(target)
+                return _time_column(text.cast(target), what)
             except pa.ArrowInvalid:
                 pass
+        text = pc.replace_substring_regex(text, r" ?(UTC|GMT)$", "Z")
         try:
-            return text.cast(pa.timestamp("us", "UTC") if _zoned(text) else pa.timestamp("us")).cast(pa.int64())
+            return text.cast(pa.timestamp("us", "UTC") if _zoned(text) else pa.timestamp("us")).cast(pa.int64()), True
         except pa.ArrowInvalid as error:
             value = str(error).partition("string: '")[2].partition("'")[0]
             raise UserError(
@@ -284,19 +308,20 @@ def _time_column(column: pa.Array, what: str) -> pa.Array:
 
 def _zoned(text: pa.Array) -> bool:
     first = next((v.as_py() for v in text if v.is_valid), "")
-    return first.endswith("Z") or "+" in first[10:]
+    return re.search(r"\d(Z|[+-]\d\d:?(\d\d)?)$", first[10:]) is not None
 
 
 def _pieces(table: _Table, columns: dict[str, str], separator: str) -> Iterator[dict[str, pa.Array]]:
     """The columns of a table by role, some hundred thousand rows at a time."""
     names = list(dict.fromkeys(columns.values()))
+    every = table.header(separator)[0] if separator else []
     with table.open() as file:
         if table.suffix in PARQUET:
             batches: Any = pq.ParquetFile(file).iter_batches(ROWS, columns=names)
         else:
             batches = pacsv.open_csv(
                 file,
-                pacsv.ReadOptions(block_size=1 << 22),
+                pacsv.ReadOptions(block_size=1 << 22, column_names=every, skip_rows=1),
                 pacsv.ParseOptions(delimiter=separator),
                 pacsv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string()),
                                      strings_can_be_null=True),
@@ -305,26 +330,39 @@ def _pieces(table: _Table, columns: dict[str, str], separator: str) -> Iterator[
             yield {role: batch.column(name) for role, name in columns.items()}
 
 
-def _spread(piece: dict[str, pa.Array], list_separator: str | None, typed: bool) -> dict[str, pa.Array]:
-    """A row an event: lists of items become rows of their own, in order."""
+def _spread(
+    piece: dict[str, pa.Array], list_separator: str | None, typed: bool, where: str
+) -> tuple[dict[str, pa.Array], bool]:
+    """A row an event: lists of items become rows of their own, in order; and whether a row's items share one time."""
     items = piece["item"]
     if typed or list_separator:
-        text = items.cast(pa.string())
-        pattern = list_separator or " "
-        items = pc.split_pattern(pc.utf8_trim_whitespace(text), pattern)
-    if not (pa.types.is_list(items.type) or pa.types.is_large_list(items.type)):
-        return piece
+        text = pc.replace_substring_regex(items.cast(pa.string()), r"^\s*[\[(]|[\])]\s*$", "")
+        text = pc.utf8_trim_whitespace(text)
+        blank = typed or list_separator == " "
+        items = pc.utf8_split_whitespace(text) if blank else pc.split_pattern(text, str(list_separator))
+    elif pa.types.is_fixed_size_list(items.type):
+        items = items.cast(pa.list_(items.type.value_type))
+    if not _is_list(items.type):
+        if pa.types.is_string(items.type) and pc.any(pc.match_substring_regex(items, r"^\s*\[.*\]\s*$")).as_py():
+            raise UserError(f"{where} holds lists of items: say what stands between them by --data.list_separator")
+        return piece, False
     parents = pc.list_parent_indices(items)
-    spread = {"user": piece["user"].take(parents), "item": items.flatten()}
-    if "time" in piece:
-        times = piece["time"]
-        if not (pa.types.is_list(times.type) or pa.types.is_large_list(times.type)):
-            # One time for all of a list says nothing about the order in it
-            return spread
-        spread["time"] = times.flatten()
-        if len(spread["time"]) != len(spread["item"]):
-            raise UserError("the lists of items and of times have different lengths")
-    return spread
+    flat = items.flatten()
+    if typed or list_separator:
+        flat = pc.utf8_trim(flat, " \t'\"")
+    spread = {"user": piece["user"].take(parents), "item": flat}
+    if "time" not in piece:
+        return spread, False
+    times = piece["time"]
+    if not _is_list(times.type):
+        return {**spread, "time": times.take(parents)}, True
+    if not pc.all(pc.equal(pc.list_value_length(items), pc.list_value_length(times))).as_py():
+        raise UserError(f"{where}: a list of items and its list of times have different lengths")
+    return {**spread, "time": times.flatten()}, False
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def read_log(root: str | Path, name: str | None = None, format: LogFormat | None = None) -> Log:
@@ -339,28 +377,36 @@ def read_log(root: str | Path, name: str | None = None, format: LogFormat | None
         UserError: nothing there, columns not found, or rows that say nothing.
     """
     form = format or LogFormat()
+    if form.separator == "\\t":
+        form = replace(form, separator="\t")
     if form.separator is not None and len(form.separator) != 1:
-        raise UserError(f"--data.separator is {form.separator!r}: one character is needed, such as ';' or a tab")
+        raise UserError(f"--data.separator is {form.separator!r}: one character is needed, such as ; or \\t, a tab")
     users, items = _Ids(), _Ids()
     parts: list[tuple[np.ndarray, ...]] = []
     incomplete = 0
     text = True
+    baskets = False
+    dates: set[bool] = set()
     for table, columns, separator in _choose(existing(root), name, form):
         text = text and table.suffix not in PARQUET
         typed = columns["item"].endswith(":token_seq")
         where = {role: f"column {column} of {table.label}" for role, column in columns.items()}
         try:
             for piece in _pieces(table, columns, separator):
-                rows = _spread(piece, form.list_separator, typed)
-                listed = rows is not piece
-                if "time" not in rows and form.order == "time" and not listed:
+                rows, shared = _spread(piece, form.list_separator, typed, where["item"])
+                baskets = baskets or shared
+                if "time" not in rows and form.order == "time" and rows is piece:
                     raise UserError(
                         f"{table.label} has no column of times that is known by its name: name it with "
-                        "--data.time_column, or take the order of the rows with --data.order rows"
+                        "--data.time_column, or take the order of the rows with --data.order rows",
+                        ["a cell with a list of items is read with --data.list_separator"],
                     )
                 keys = {k: _id_column(rows[k], where[k]) for k in ("user", "item")}
                 if "time" in rows:
-                    keys["time"] = _time_column(rows["time"], where["time"])
+                    keys["time"], date = _time_column(rows["time"], where["time"])
+                    dates.add(date)
+                    if len(dates) > 1:
+                        raise UserError(f"{where['time']}: some times are dates and others numbers: save them alike")
                 whole = np.logical_and.reduce([k.is_valid().to_numpy(zero_copy_only=False) for k in keys.values()])
                 if not whole.all():
                     incomplete += int((~whole).sum())
@@ -376,13 +422,12 @@ def read_log(root: str | Path, name: str | None = None, format: LogFormat | None
                 parts.append((*encoded, *([keys["time"].to_numpy(zero_copy_only=False)] if "time" in keys else [])))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {table.label}: {reason(error)[:200]}") from error
-        except TypeError as error:
-            raise UserError(f"cannot read {table.label}: its ids are of several kinds") from error
     if not any(len(p[0]) for p in parts):
         raise UserError(f"{root} holds no events")
     if len({len(p) for p in parts}) > 1:
         raise UserError(f"some tables of {root} have times and some have not")
-    return _ordered(users, items, _joined(parts), text, form.duplicates, incomplete)
+    # The items of a list that has one time are no duplicates of each other
+    return _ordered(users, items, _joined(parts), text, None if baskets else form.duplicates, incomplete)
 
 
 def _joined(parts: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
@@ -396,9 +441,11 @@ def _joined(parts: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     return whole
 
 
-def _ordered(users: _Ids, items: _Ids, columns: list[np.ndarray], text: bool, duplicates: str, incomplete: int) -> Log:
-    user_names, user_place = users.sorted(text)
-    item_names, item_place = items.sorted(text)
+def _ordered(
+    users: _Ids, items: _Ids, columns: list[np.ndarray], text: bool, duplicates: str | None, incomplete: int
+) -> Log:
+    user_names, user_place = users.sorted(text, "users")
+    item_names, item_place = items.sorted(text, "items")
     user, item = user_place[columns[0]], item_place[columns[1]]
     columns[:2] = []
     if not columns:
@@ -407,7 +454,7 @@ def _ordered(users: _Ids, items: _Ids, columns: list[np.ndarray], text: bool, du
     time = columns.pop()
     order = np.lexsort((time, user))
     user, item, time = user[order], item[order], time[order]
-    repeated = _repeated(user, item, time)
+    repeated = _repeated(user, item, time) if duplicates else np.empty(0, dtype=np.int64)
     if len(repeated) and duplicates == "drop":
         user, item, time = (np.delete(values, repeated) for values in (user, item, time))
     return Log(user_names, item_names, user, item, time, incomplete, len(repeated))

@@ -46,15 +46,19 @@ def explanation(
         left.barh(rows + 0.4 * (number - 0.5 * (len(weights) - 1)), w[newest], 0.4, label=name)
     left.set_yticks(rows, [n[:24] for n in names[newest]])
     left.set_xlabel("attention of the last query")
-    left.set_title(f"history of {user}"[:40] + (f" (newest {SHOWN} of {len(own)})" if len(own) > SHOWN else ""))
+    newest_of = f" (newest {SHOWN} of {len(own)})" if len(own) > SHOWN else ""
+    left.set_title(f"history of {user}"[:40] + newest_of, pad=24)
     if len(own):
-        left.legend(fontsize="small")
+        left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(weights), frameon=False)
+    else:
+        left.axis("off")
+        left.text(0.5, 0.5, "no item that the model knows:\npopularity decided", ha="center", transform=left.transAxes)
     right.axis("off")
-    right.set_title("recommended, and what most often came before it")
+    right.set_title("recommended, and what most often came before it (*: in the history)", pad=24)
     mine = set(own.tolist())
     cells = [
         [str(ids[i])[:24], f"{s:.2f}", "   ".join(
-            f"{str(ids[j])[:18]} {c}x{' (in the history)' if j in mine else ''}" for j, c in zip(n, k, strict=True) if c
+            f"{str(ids[j])[:18]} {c}x{'*' if j in mine else ''}" for j, c in zip(n, k, strict=True) if c
         ) or "never seen after anything"]
         for i, s, n, k in zip(items, scores, neighbours, counts, strict=True)
     ]  # fmt: skip
@@ -63,6 +67,8 @@ def explanation(
                             colWidths=[0.2, 0.1, 0.7])  # fmt: skip
         table.auto_set_font_size(False)
         table.set_fontsize(7)
+    else:
+        right.text(0.5, 0.5, "nothing is left to recommend", ha="center", transform=right.transAxes)
     arrays = {
         "history": np.array(names), **{f"attention_{k}": v for k, v in weights.items()},
         "items": np.array([str(ids[i]) for i in items]), "scores": scores,

@@ -25,6 +25,7 @@ GROUPS = (0.5, 0.875)
 EXPLAINED = 5
 # More than a history has places
 LARGE = 1 << 30
+SCORES = 2**24  # that an evaluation holds at a time
 
 
 class NextItem(System):
@@ -152,16 +153,19 @@ class NextItem(System):
         return self.network(history[:, -longest:])[:, -1]
 
     def evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Tensor]:
-        history, target = batch["history"], batch["target"]
-        scores = self.users(history) @ self.network.item.T
-        known = target.clamp(min=0)
-        loss = scores.logsumexp(1) - scores.gather(1, known[:, None])[:, 0]
-        loss = (loss * (target >= 0)).sum() / (target >= 0).sum().clamp(min=1)
-        scores = self._with_fallback(scores, history)
-        if self.filter_seen:
-            scores = without_seen(scores, history)
-        metrics.update(*rank(scores, target), len(self.catalogue))
-        return {"loss": loss}
+        users, total = self.users(batch["history"]), 0.0
+        # A few users at a time where there are many items
+        step = max(1, SCORES // len(self.catalogue))
+        for user, history, target in zip(*(t.split(step) for t in (users, batch["history"], batch["target"])),
+                                         strict=True):  # fmt: skip
+            scores = user @ self.network.item.T
+            loss = scores.logsumexp(1) - scores.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            total += (loss * (target >= 0)).sum()
+            scores = self._with_fallback(scores, history)
+            if self.filter_seen:
+                scores = without_seen(scores, history)
+            metrics.update(*rank(scores, target), len(self.catalogue))
+        return {"loss": total / (batch["target"] >= 0).sum().clamp(min=1)}
 
     def _with_fallback(self, scores: Tensor, history: Tensor) -> Tensor:
         empty = (history >= self.network.items).all(1)
@@ -234,7 +238,8 @@ class NextItem(System):
         """Histories whose recommended items differ so much in score that rounding does not reorder them."""
         size, drawn = len(self.catalogue), torch.Generator().manual_seed(0)
         histories = torch.randint(0, size, (8 * count, width), generator=drawn)
-        histories[:, : width // 2] = size
+        # Short ones, so that a small catalogue has something left to recommend
+        histories[:, : max(width // 2, width - max(1, size // 4))] = size
         training, device = self.training, self.network.item.device
         self.eval()
         scores = without_seen(self.users(histories.to(device)) @ self.network.item.T, histories.to(device))

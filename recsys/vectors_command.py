@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,9 @@ from recsys.tasks import NextItem
 def vectors(
     ckpt_path: str, output: str, root: str | None = None, name: str | None = None,
     user_column: str | None = None, item_column: str | None = None, time_column: str | None = None,
-    order: str | None = None, overwrite: bool = False,
+    separator: str | None = None, list_separator: str | None = None,
+    order: Literal["time", "rows"] | None = None, duplicates: Literal["drop", "keep"] | None = None,
+    overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write a recommender's items and users as vectors whose inner product is the score.
 
@@ -32,7 +34,8 @@ def vectors(
         output: gets items.npy `[N, d]` and items.parquet (row, item), and with a log users.npy `[U, d]` and
             users.parquet (row, user, known events).
         root: a log; its users' vectors are written too.
-        name, user_column, item_column, time_column, order: of the log, as for `fit --data...`.
+        name, user_column, item_column, time_column, separator, list_separator, order, duplicates: of the log, as
+            for `fit --data...`; those of the model's own data if left out.
         overwrite: replace files that are there.
     """
     model = polyhead.load(ckpt_path)
@@ -43,7 +46,8 @@ def vectors(
     there = [p for p in (folder / f"{what}.npy" for what in ("items", "users")) if p.exists()]
     if there and not overwrite:
         raise UserError(f"{there[0]} is there already: add --overwrite, or choose another --output")
-    columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column}
+    columns = {"user_column": user_column, "item_column": item_column, "time_column": time_column,
+               "separator": separator, "list_separator": list_separator, "duplicates": duplicates}  # fmt: skip
     users = None
     if root is not None:
         users = _users(system, model, {**columns, "root": str(existing(root)), "name": name, "order": order})
@@ -68,7 +72,7 @@ def _users(system: NextItem, model: Any, options: dict[str, str | None]) -> tupl
     for indices in data.batches(samples, "predict", 0):
         history = samples.load_batch(indices, 0)["history"].to(system.device)
         found[indices] = system.users(history).float().cpu().numpy()
-    return found, {"user": data.log.users, "events": samples.lengths}
+    return found, {"user": data.everything.users, "events": samples.lengths}
 
 
 def _write(folder: Path, what: str, values: np.ndarray, names: dict[str, Any]) -> None:

@@ -133,12 +133,13 @@ def test_facts_bring_the_data_back(tmp_path: Path) -> None:
         Catalogue.unpack("nonsense")
 
 
-def test_raw_histories(tmp_path: Path) -> None:
+def test_raw_histories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = data(write(tmp_path / "log.parquet", LISTS))
     samples: Any = module.raw_dataset([[10, "11", 77], [], np.array([14])])
     batch = module.collate([samples.load(n, 0) for n in range(3)])
     size = len(module.catalogue)
     assert batch["history"].tolist() == [[0, 1], [size, size], [size, 4]] and batch["id"][2] == "input-2"
+    assert "1 items that the model does not know" in capsys.readouterr().err
     with pytest.raises(UserError, match="list of item ids"):
         module.raw_dataset(["10"])
 
@@ -155,6 +156,30 @@ def test_too_little_to_learn_from_is_said(tmp_path: Path) -> None:
 def test_the_core_renumbers(tmp_path: Path) -> None:
     module = data(write(tmp_path / "log.parquet", {**LISTS, 6: [10, 11, 12, 13]}), kcore=3)
     assert module.catalogue.ids == [10, 11, 12, 13] and module.ids() == ["1", "2", "5", "6"]
+
+
+def test_the_core_leaves_nobody_out_of_prediction(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.parquet", {**LISTS, 6: [10, 11, 12, 13]})
+    facts = data(path, kcore=3).facts()
+    module = Interactions(str(path), kcore=3, **facts)
+    module.setup("predict")
+    assert asked(module, "predict")["3"] == ([10], None)  # 14 is no item of the core
+    assert len(asked(module, "predict")) == 6 and set(asked(module, "test")) == {"1", "2", "5", "6"}
+    small = Interactions(str(write(tmp_path / "new.parquet", {9: [12, 10]})), kcore=3, **facts)
+    small.setup("predict")
+    assert asked(small, "predict") == {"9": ([12, 10], None)}
+
+
+def test_prediction_goes_on_without_what_is_no_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = data(write(tmp_path / "old.parquet", LISTS)).facts()
+    (tmp_path / "new.csv").write_text("user,item,time\na,10,1\n,11,2\nb,,3\na,10,1\n")
+    with pytest.raises(UserError, match="rows without"):
+        Interactions(str(tmp_path / "new.csv"), **facts).setup("test")
+    module = Interactions(str(tmp_path / "new.csv"), **facts)
+    module.setup("predict")
+    assert asked(module, "predict") == {"a": ([10], None)}
+    said = capsys.readouterr().err
+    assert "2 rows lack a user, an item or a time" in said and "1 events have the user, item and time" in said
 
 
 def test_the_summary_counts(tmp_path: Path) -> None:

@@ -188,3 +188,97 @@ def test_the_core_is_the_largest_part_in_which_all_have_enough(pairs: list[tuple
             break
         rest = left
     assert np.flatnonzero(keep).tolist() == rest
+
+
+# Messy tables
+
+
+def text(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_part_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    pq.write_table(table(), tmp_path / "part-0.parquet")
+    (tmp_path / "part-1.parquet").write_bytes(b"PAR1 no")
+    for name in ("part-*", None):
+        with pytest.raises(UserError, match="cannot read part-1.parquet"):
+            read_log(tmp_path, name)
+    pq.write_table(table(item="itm"), tmp_path / "part-1.parquet")
+    with pytest.raises(UserError, match="part-1.parquet has no column for the item"):
+        read_log(tmp_path, "part-*")
+    assert len(read_log(tmp_path).item) == len(ITEMS)  # beside a log other tables may lie
+
+
+def test_parts_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number, item in ((1, "a"), (2, "b"), (10, "c")):
+        text(tmp_path / f"part-{number}.csv", "user,item", f"1,{item}")
+    assert events(read_log(tmp_path, "part-*", LogFormat(order="rows"))) == [(1, "a"), (1, "b"), (1, "c")]
+
+
+def test_parts_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    pq.write_table(table(), tmp_path / "part-0.parquet")
+    content = table().set_column(0, "user_id", pa.array([str(u) for u in USERS]))
+    pq.write_table(content, tmp_path / "part-1.parquet")
+    with pytest.raises(UserError, match="users are numbers in some tables and text in others"):
+        read_log(tmp_path, "part-*")
+    times = pa.array([f"2024-01-0{n + 1}" for n in range(6)])
+    pq.write_table(table().set_column(2, "timestamp", times), tmp_path / "part-1.parquet")
+    with pytest.raises(UserError, match="some times are dates and others numbers"):
+        read_log(tmp_path, "part-*")
+
+
+def test_lists_that_have_one_time_each_are_put_in_its_order(tmp_path: Path) -> None:
+    content = {"user": [1, 1, 2], "item": [["c", "d", "c"], ["a", "b"], ["x"]], "time": [20, 10, 5]}
+    pq.write_table(pa.table(content), tmp_path / "log.parquet")
+    log = read_log(tmp_path)
+    assert [i for u, i in events(log) if u == 1] == ["a", "b", "c", "d", "c"]
+    assert log.duplicates == 0 and log.time is not None
+
+
+def test_a_list_of_items_needs_as_many_times(tmp_path: Path) -> None:
+    content = {"user": [1, 2], "item": [["a", "b"], ["c"]], "time": [[2], [3, 9]]}
+    pq.write_table(pa.table(content), tmp_path / "log.parquet")
+    with pytest.raises(UserError, match="have different lengths"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "separator"), [("[1, 22, 3]", ","), ("1 22  3", " "), (" 1|22|3", "|"), ("['1', '22', '3']", ",")]
+)
+def test_lists_in_text_lose_brackets_blanks_and_quotes(cell: str, separator: str, tmp_path: Path) -> None:
+    pacsv.write_csv(pa.table({"user": ["u"], "items": [cell]}), tmp_path / "log.csv")
+    assert events(read_log(tmp_path, None, LogFormat(list_separator=separator))) == [("u", 1), ("u", 22), ("u", 3)]
+
+
+def test_a_list_in_text_that_nothing_tells_is_refused(tmp_path: Path) -> None:
+    text(tmp_path / "log.csv", "user,items", 'u,"[1, 2]"')
+    with pytest.raises(UserError, match="--data.list_separator"):
+        read_log(tmp_path, None, LogFormat(order="rows"))
+
+
+def test_a_list_of_fixed_size_is_a_list(tmp_path: Path) -> None:
+    items = pa.array([[1, 2], [3, 4]], pa.list_(pa.int64(), 2))
+    pq.write_table(pa.table({"user": [1, 2], "item": items}), tmp_path / "log.parquet")
+    assert events(read_log(tmp_path)) == [(1, 1), (1, 2), (2, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("zone", ["-05:00", "+0200", "Z", " UTC"])
+def test_times_with_a_zone(zone: str, tmp_path: Path) -> None:
+    text(tmp_path / "log.csv", "user,item,time", f"1,b,2024-01-31T12:00:01{zone}", f"1,a,2024-01-31T12:00:00{zone}")
+    assert events(read_log(tmp_path)) == [(1, "a"), (1, "b")]
+
+
+def test_blanks_and_floats_make_no_other_ids(tmp_path: Path) -> None:
+    text(tmp_path / "log.csv", "user_id, item_id, timestamp", " 1,10.0,1", "1,11.0,2", "1 ,10.0,3")
+    assert events(read_log(tmp_path)) == [(1, 10), (1, 11), (1, 10)]
+    text(tmp_path / "log.csv", "user,item,time", "1,1.0,1", "1,1.5,2")
+    assert events(read_log(tmp_path)) == [(1, "1.0"), (1, "1.5")]
+
+
+def test_a_tab_can_be_written_and_archives_are_known(tmp_path: Path) -> None:
+    text(tmp_path / "log.csv", "user\titem\ttime", "1\ta\t1")
+    assert events(read_log(tmp_path, None, LogFormat(separator="\\t"))) == [(1, "a")]
+    (tmp_path / "log.csv.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match="is compressed"):
+        read_log(tmp_path / "log.csv.gz")

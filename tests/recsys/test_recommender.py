@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,32 @@ def test_new_items_join_behind_the_old_ones(run: Path, tmp_path: Path) -> None:
         assert len(new.state["place"]) == 41 and new.state["starts"][-1] > 0
 
 
+def test_an_increment_goes_on_without_the_model_it_grew_from(run: Path, tmp_path: Path) -> None:
+    grown = write(tmp_path / "grown.parquet", lambda row: row[1] > "item-004", [("u", "brand new", 1)])
+    start, folder = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(run / "bundle", start)
+    once = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    done = polyhead("fit", "--init_from", start, "--data.root", grown, "--output", folder, *once)
+    assert done.status == 0, done.err
+    ids = Catalogue.unpack(bundle.read(folder / "bundle").data["init_args"]["items"]).ids
+    shutil.rmtree(start)
+    done = polyhead("fit", "--output", folder, "--resume", "--trainer.max_epochs=2")
+    assert done.status == 0, done.err
+    assert Catalogue.unpack(bundle.read(folder / "bundle").data["init_args"]["items"]).ids == ids
+
+
+def test_a_training_goes_on_with_its_own_log_only(run: Path, log: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    other = pq.read_table(log).to_pandas()
+    other["item"] = other["item"].replace("item-001", "a new name")
+    other.to_parquet(tmp_path / "log.parquet")
+    before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    words = ("fit", "--output", tmp_path / "run", "--resume", "--trainer.max_epochs=3")
+    done = polyhead(*words, "--data.root", tmp_path / "log.parquet")
+    assert done.status == 2 and "the data have changed" in done.err and "items" in done.err, done.err
+    assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+
+
 def test_an_explanation_tells_attention_and_neighbours(run: Path, log: Path, tmp_path: Path) -> None:
     done = polyhead("explain", "--ckpt_path", run / "bundle", "--data.root", log, "--output", tmp_path, "--limit=2")
     assert done.status == 0, done.err
@@ -136,8 +164,16 @@ def test_an_explanation_tells_attention_and_neighbours(run: Path, log: Path, tmp
     for name in ("attention_short", "attention_long"):
         assert arrays[name].shape == arrays["history"].shape and arrays[name].sum() == pytest.approx(1, abs=1e-5)
     assert arrays["items"].shape == (5,) and arrays["neighbours"].shape == (5, 3)
-    train = threads(0, 300, 40)
-    assert (arrays["neighbour_counts"][:, 0] >= arrays["neighbour_counts"][:, 1]).all() and len(train.items) == 40
+    counts = arrays["neighbour_counts"]
+    assert (counts[:, 0] >= counts[:, 1]).all() and counts[:, 0].min() > 0
+    # What came just before, in all histories but their last two events
+    before: Counter[tuple[str, str]] = Counter()
+    for _, own in pq.read_table(log).to_pandas().sort_values(["user", "time"]).groupby("user"):
+        train = own["item"].tolist()[: -2 if len(own) > 2 else None]
+        before.update(zip(train, train[1:], strict=False))
+    for item, neighbours, own in zip(arrays["items"], arrays["neighbours"], counts, strict=True):
+        assert [before[n, item] for n in neighbours if n] == own[own > 0].tolist()
+        assert own[0] == max(count for (_, after), count in before.items() if after == item)
 
 
 def test_vectors_give_the_scores(run: Path, log: Path, tmp_path: Path) -> None:
