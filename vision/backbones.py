@@ -22,6 +22,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "tic": ("vision.tic", "tic"),
 }
 
+# Families with weights for every place of the map
+SIZED = ("spectformer",)
+
 # name -> family, parameters at 1000 classes and 3 channels, image side of the published training
 BACKBONES: dict[str, tuple[str, int, int]] = {
     "shvit_s1": ("shvit", 6_330_808, 224),
@@ -62,14 +65,16 @@ NORMALISATION: dict[str, encoders.Normalisation] = {"haloregnetz_b": ((0.5, 0.5,
 
 
 def create_backbone(
-    name: str, num_classes: int, in_chans: int = 3, pretrained: bool = False, **options: Any
-) -> nn.Module:
+    name: str, num_classes: int, in_chans: int = 3, pretrained: bool = False, image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:  # fmt: skip
     """A network with timm's interface, [B, in_chans, H, W] -> [B, num_classes], or pooled features for 0.
 
     Args:
         name: one of `BACKBONES`, else a timm name, else `encoder:efficientnet_lite0` (which always comes with
             its weights). `timm:NAME` is timm's where both have the name.
         pretrained: start from published weights, for timm's networks.
+        image_size: side of the images in pixels, for networks of ours whose weights depend on it.
         options: further arguments of the network.
 
     Raises:
@@ -85,10 +90,12 @@ def create_backbone(
                 ],
             )
         module, function = FAMILIES[BACKBONES[name][0]]
+        if image_size is not None and BACKBONES[name][0] in SIZED:
+            options = {"img_size": image_size} | options
         build = getattr(importlib.import_module(module), function)
         try:
             return build(name, num_classes=num_classes, in_chans=in_chans, **options)
-        except TypeError as error:
+        except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"an option of {name} does not fit: {error}") from error
     plain = name.removeprefix("timm:")
     encoders.check_name(plain, BACKBONES)

@@ -163,6 +163,8 @@ class HaloAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dim_out = dim_out or dim
+        if block_size < 1 or halo_size < 0:
+            raise UserError(f"halo attention: block {block_size} and halo {halo_size}: at least 1 and 0 are needed")
         if dim_out % num_heads:
             raise UserError(f"halo attention: {dim_out} channels cannot be split into {num_heads} heads")
         if stride not in (1, 2):

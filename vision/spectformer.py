@@ -99,7 +99,7 @@ class VanillaSpectFormer(Backbone):
         height, width = pair(img_size)
         if min(height, width) < patch_size:
             raise UserError(f"spectformer: img_size {img_size} is smaller than a patch of {patch_size} px")
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = (-(-height // patch_size), -(-width // patch_size))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -177,10 +177,14 @@ class VanillaSpectFormer(Backbone):
 
     def resize_state(self, state: Mapping[str, Tensor], method: str = "bicubic") -> dict[str, Tensor]:
         resized = super().resize_state(state, method)
-        positions = resized["pos_embed"]
+        positions = resized.get("pos_embed")
+        if positions is None or positions.shape[1] == math.prod(self.grid):
+            return resized
+        # Without a filter that tells, a square
         gate = state.get("blocks.0.filter.complex_weight")
         rows = gate.shape[0] if gate is not None else math.isqrt(positions.shape[1])
-        resized["pos_embed"] = resize_positions(positions, (rows, positions.shape[1] // rows), self.grid)
+        if positions.shape[1] % rows == 0:
+            resized["pos_embed"] = resize_positions(positions, (rows, positions.shape[1] // rows), self.grid)
         return resized
 
     def to_deploy(self) -> VanillaSpectFormer:
@@ -417,6 +421,9 @@ class HierarchicalSpectFormer(Backbone):
         y = self.forward_features(x, box)
         tokens = mix(self.aux_head(y[:, 1:]).unflatten(1, grid), box).flatten(1, 2)
         return self.head(y[:, 0]), tokens, box
+
+    def get_classifier(self) -> Any:
+        return (self.head, self.aux_head) if self.token_label else self.head
 
     def reset_classifier(self, num_classes: int) -> None:
         """New classifiers; 0 classes leave the class entry's features."""

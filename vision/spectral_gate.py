@@ -7,6 +7,7 @@ channels, H x W the token grid, Wf = W // 2 + 1 kept frequencies.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -53,6 +54,19 @@ def dft_matrices(height: int, width: int) -> dict[str, Tensor]:
         "columns_out": forth.T.contiguous(),  # cosines and sines are symmetric: the transpose runs back
         "rows_out": back.T.contiguous() / math.sqrt(width),
     }
+
+
+def matrices_for(grid: tuple[int, int], like: Tensor) -> dict[str, Tensor]:
+    """`dft_matrices` of the type and on the device of a tensor."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return {k: m.to(like) for k, m in dft_matrices(*grid).items()}
+    return _kept_matrices(grid, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_matrices(grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    with torch.inference_mode(False):
+        return {k: m.to(device, dtype) for k, m in dft_matrices(*grid).items()}
 
 
 def resize_filter(weight: Tensor, grid: tuple[int, int], method: str = "bicubic") -> Tensor:
@@ -139,12 +153,12 @@ class SpectralGate(nn.Module):
         weight = torch.view_as_complex(self.complex_weight.detach().double().contiguous())
         return torch.fft.irfft2(weight, s=self.grid, dim=(0, 1))
 
-    def by_matmul(self) -> bool:
+    def by_matmul(self, grid: tuple[int, int]) -> bool:
         if self.backend != "auto":
             return self.backend == "matmul"
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return True
-        return max(self.grid) <= MATMUL_SIDE and not self.training
+        return max(grid) <= MATMUL_SIDE and not self.training
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         grid = grid or self.grid
@@ -154,11 +168,12 @@ class SpectralGate(nn.Module):
             wide = x if x.dtype == torch.float64 else x.float()
             weight = self.complex_weight.to(wide.dtype)
             matrices = self.matrices
+            matmul = self.by_matmul(grid)
             if grid != self.grid:
                 weight = resize_filter(weight, grid)
-                matrices = {k: m.to(wide) for k, m in dft_matrices(*grid).items()} if self.by_matmul() else {}
+                matrices = matrices_for(grid, wide) if matmul else {}
             gate: Callable[[Tensor], Tensor]
-            if self.by_matmul():
+            if matmul:
                 parts = self.parts if self.parts is not None and grid == self.grid else None
                 real, imaginary = parts or real_and_imaginary(weight)
                 gate = partial(gate_by_matmul, real=real, imaginary=imaginary, matrices=matrices)

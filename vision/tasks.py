@@ -18,6 +18,7 @@ from polyhead.freezing import Freezing
 from polyhead.system import Signature, System
 from vision.backbones import create_backbone, normalisation
 from vision.explain import class_maps, heat_picture
+from vision.token_label import TokenLabelLoss
 
 OUTPUTS = ["logits", "probabilities"]
 
@@ -89,7 +90,7 @@ class ImageClassifier(Freezing, Classifier):
         if temperature <= 0:
             raise UserError(f"model.temperature is {temperature:g}: it must be above 0")
         self.network = create_backbone(
-            backbone, num_classes=len(self.classes), pretrained=pretrained, **(backbone_options or {})
+            backbone, len(self.classes), pretrained=pretrained, image_size=image_size, **(backbone_options or {})
         )
         own_mean, own_std = normalisation(backbone)
         self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)
@@ -200,6 +201,12 @@ class ImageClassifier(Freezing, Classifier):
             x, target = self.mix(x, target)
         teaching = self._teaching(x)
         result = self.network(x)
+        if isinstance(result, tuple) and len(result) == 3:
+            # Every token has a label too, and the network may have mixed tokens of two images
+            if teaching is not None:
+                raise UserError("a teacher does not see what mix-token made: leave model.teacher or token_label out")
+            criterion = TokenLabelLoss(smoothing=self.label_smoothing, weight=self._loss_weight)
+            return {"loss": criterion(result, target)}
         logits, student = result if isinstance(result, tuple) else (result, result)
         loss = self._cross_entropy(logits, target, self.label_smoothing)
         if teaching is None:

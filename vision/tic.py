@@ -77,6 +77,10 @@ class MSAConvAttention(nn.Module):
         super().__init__()
         if input_channel % heads:
             raise UserError(f"MSA-Conv: {input_channel} channels cannot be split into {heads} heads")
+        if inter_pool not in (1, 2, 4):
+            raise UserError(f"MSA-Conv: inter_pool is {inter_pool}: 1, 2 or 4 is needed")
+        if min(*pair(kernel_size), dilation) < 1:
+            raise UserError(f"MSA-Conv: kernel {kernel_size} and dilation {dilation} must be 1 or more")
         self.kernel, self.dilation, self.dropout = pair(kernel_size), dilation, dropout
         self.heads, self.shift, self.inter_pool, self.index, self.wide = heads, shift, inter_pool, index, wide
         self.qkv_conv: nn.Conv2d | PackedLinear = nn.Conv2d(input_channel, 3 * input_channel, 1)

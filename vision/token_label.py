@@ -53,6 +53,7 @@ class TokenLabelLoss(nn.Module):
     box's share of the tokens.
 
     Args:
+        weight: of the classes, `[K]`.
         blend_truth: mix the soft label with the truth, by 0.9 where both name another class and by 0.5
             where they agree (in the published code, unused there).
 
@@ -61,13 +62,11 @@ class TokenLabelLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        dense_weight: float = 0.5,
-        cls_weight: float = 1.0,
-        smoothing: float = 0.0,
-        blend_truth: bool = False,
-    ) -> None:
+        self, dense_weight: float = 0.5, cls_weight: float = 1.0, smoothing: float = 0.0,
+        weight: Tensor | None = None, blend_truth: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.weight = weight
         self.dense_weight, self.cls_weight = dense_weight, cls_weight
         self.smoothing, self.blend_truth = smoothing, blend_truth
 
@@ -93,5 +92,5 @@ class TokenLabelLoss(nn.Module):
         share_of_box = (bottom - top) * (right - left) / count
         if share_of_box > 0:
             image = (1 - share_of_box) * image + share_of_box * image.flip(0)
-        loss = self.cls_weight * F.cross_entropy(logits, image)
-        return loss + self.dense_weight * F.cross_entropy(tokens.flatten(0, 1), dense.flatten(0, 1))
+        loss = self.cls_weight * F.cross_entropy(logits, image, self.weight)
+        return loss + self.dense_weight * F.cross_entropy(tokens.flatten(0, 1), dense.flatten(0, 1), self.weight)

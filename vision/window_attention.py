@@ -64,7 +64,8 @@ def window_attention(
     that cannot be centred (dilation * (kernel - 1) odd) reaches one pixel further below and to the right.
 
     Queries are cut into b x b tiles, each with its patch of keys, and go through the fused attention with a
-    band mask, a few images at a time; the gradient computes patches and weights anew. Dilation works on the
+    band mask, a few images at a time; the gradient computes patches and weights anew. (With dropout, and on
+    other devices than the CPU, all images go at once and autograd keeps the patches.) Dilation works on the
     d x d interleaved sub-maps.
 
     Args:
@@ -110,7 +111,7 @@ def merge_phases(x: Tensor, batch: int, d: int, pool: int) -> Tensor:
 
 def choose_tile(size: Pair, kernel: Pair, pool: int) -> int:
     """The tile with the least work; one of fixed size where the map's is not known (a tracer)."""
-    if not all(isinstance(n, int) for n in size):
+    if torch.compiler.is_compiling() or not all(isinstance(n, int) for n in size):
         return 8 if max(kernel) > 3 else 4
 
     def work(tile: int) -> int:

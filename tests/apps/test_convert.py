@@ -13,7 +13,9 @@ import yaml
 from PIL import Image
 
 import polyhead
+from polyhead.bundle import read as read_bundle
 from tests.command import polyhead as command
+from vision.backbones import create_backbone
 from vision.shvit import shvit
 
 
@@ -95,3 +97,44 @@ def test_mistakes(files: Path, tmp_path: Path, make: object, says: str) -> None:
     assert done.err.startswith(says), done.err
     assert len(done.err.splitlines()) <= 5
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "share"), [("spectformer_h_s", 96, 0.96), ("spectformer_t", 96, 0.875), ("halonet26t", 64, 0.95)]
+)
+def test_backbones_with_places_go_from_a_published_file_to_a_training(
+    name: str, side: int, share: float, tmp_path: Path
+) -> None:
+    options = {"img_size": side, "token_label": True} if name == "spectformer_h_s" else {}
+    if name == "spectformer_t":
+        options = {"img_size": side}
+    torch.manual_seed(0)
+    network = create_backbone(name, 7, **options)
+    torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "file.pth")
+    done = command("convert", tmp_path / "file.pth", "--output", tmp_path / "bundle")
+    assert done.status == 0, done.err
+    config = yaml.safe_load((tmp_path / "bundle/config.yaml").read_text())
+    assert config["data"]["init_args"]["crop_fraction"] == share
+    done = command(
+        "fit", "--config", "vision/shvit", "--model.backbone", name, "--init_from", tmp_path / "bundle",
+        "--output", tmp_path / "run", "--data.image_size", 64, "--model.image_size", 64, "--trainer.max_epochs", 1,
+        "--model.backbone_options", "{token_label: true}" if "token_label" in options else "{}",
+        "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 1, "--data.batch_size", 4,
+        "--model.ema_decay", "null", "--model.optimizer.init_args.lr", "0.0",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert "new: network." in done.err
+    own = create_backbone(name, 7, image_size=64, **{k: v for k, v in options.items() if k != "img_size"})
+    expected = own.resize_state(network.state_dict()) if options else network.state_dict()  # type: ignore[operator]
+    got = read_bundle(tmp_path / "run/bundle").state
+    heads = ("network.head", "network.aux_head")
+    kept = {k: v for k, v in got.items() if not k.startswith(heads) and "running" not in k and "tracked" not in k}
+    assert kept and all(torch.equal(v, expected[k.removeprefix("network.")]) for k, v in kept.items())
+    assert got[next(k for k in got if k.startswith("network.head") and k.endswith("weight"))].shape[0] == 10
+
+
+def test_a_file_without_a_head_or_of_grey_images_is_refused(tmp_path: Path) -> None:
+    for options, says in (({"num_classes": 0}, "has no classifier"), ({"num_classes": 7, "in_chans": 1}, "1 channels")):
+        torch.save(create_backbone("halonet26t", **options).state_dict(), tmp_path / "file.pth")
+        done = command("convert", tmp_path / "file.pth", "--output", tmp_path / "bundle")
+        assert done.status == 2 and says in done.err and not (tmp_path / "bundle").exists(), done.err

@@ -220,6 +220,8 @@ def test_preset_is_small() -> None:
         (lambda: halonet("halonet_xs")(torch.zeros(1, 1, 64, 64)), "takes images [B, 3, H, W], got [1, 1, 64, 64]"),
         (lambda: halonet("halonet_xs", stem_type="5x5"), "stem_type='5x5'"),
         (lambda: HaloAttention(10, num_heads=4), "10 channels cannot be split into 4 heads"),
+        (lambda: HaloAttention(8, block_size=0), "block 0 and halo 3"),
+        (lambda: HaloAttention(8, halo_size=-3), "block 8 and halo -3"),
     ],
 )
 def test_mistakes_are_one_line(act: Any, message: str) -> None:

@@ -79,8 +79,14 @@ def test_gradients_of_the_attentions(layer: nn.Module) -> None:
 
 def test_auto_trains_with_the_fft_and_infers_with_what_is_faster() -> None:
     small, large = SpectralGate(2, (14, 14)), SpectralGate(2, (56, 56))
-    assert not small.by_matmul() and not large.by_matmul()
-    assert small.eval().by_matmul() and not large.eval().by_matmul()
+    assert not small.by_matmul((14, 14)) and not large.by_matmul((56, 56))
+    assert small.eval().by_matmul((14, 14)) and not large.eval().by_matmul((56, 56))
+    # What counts is the grid that runs
+    assert not small.by_matmul((56, 56)) and large.by_matmul((14, 14))
+    x = torch.randn(2, 56 * 56, 2)
+    forms = [SpectralGate(2, (14, 14), form).eval() for form in ("fft", "matmul")]
+    forms[1].load_state_dict(forms[0].state_dict())
+    assert torch.allclose(forms[0](x, (56, 56)), forms[1](x, (56, 56)), atol=1e-6)
     with pytest.raises(UserError, match="backend='dct'"):
         SpectralGate(2, (4, 4), "dct")
 

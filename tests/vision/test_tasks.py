@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from polyhead import bundle
 from polyhead.errors import UserError
 from vision.tasks import ImageClassifier, example_images
 
@@ -189,6 +191,48 @@ def test_pictures_without_labels_cannot_be_evaluated() -> None:
 
 def test_heads_are_what_may_be_new() -> None:
     assert set(classifier().head_prefixes()) == {"network.head.l"}
+
+
+def labelled(**options: Any) -> ImageClassifier:
+    torch.manual_seed(0)
+    options = {"backbone_options": {"token_label": True}, "image_size": 64, **options}
+    return ImageClassifier({"classes": CLASSES}, "spectformer_hxs", **options)
+
+
+def test_token_labels_train_through_both_classifiers() -> None:
+    system = labelled(mixup_alpha=0.2, class_weights="none").train()
+    assert {n.rsplit(".", 1)[0] for n in system.head_prefixes()} == {"network"}
+    assert set(system.head_prefixes()) == {"network.head", "network.aux_head"}
+    loss = system.losses(batch())["loss"]
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in system.head_parameters())
+    # By hand, without mixing: the image's cross-entropy and half of the tokens' mean
+    plain = labelled(backbone_options={"token_label": True, "mix_token": False}).train()
+    data = batch()
+    torch.manual_seed(1)
+    logits, tokens, _ = plain.network(plain.normalise(data["image"]))
+    label = data["label"]
+    expected = F.cross_entropy(logits, label, label_smoothing=0.1) + 0.5 * F.cross_entropy(
+        tokens.flatten(0, 1), label.repeat_interleave(tokens.shape[1]), label_smoothing=0.1
+    )
+    torch.manual_seed(1)
+    assert torch.allclose(plain.losses(data)["loss"], expected, atol=1e-5)
+
+
+def test_a_network_with_token_labels_gets_two_new_heads() -> None:
+    old, new = labelled(), labelled()
+    saved = bundle.Saved(old.state_dict(), {"class_path": "vision.ImageClassifier"}, {}, Path("old"))
+    five = ImageClassifier({"classes": list("abcde")}, "spectformer_hxs", image_size=64,
+                           backbone_options={"token_label": True})  # fmt: skip
+    fresh = bundle.init_weights(five, saved)
+    assert {name.rsplit(".", 1)[0] for name in fresh} == {"network.head", "network.aux_head"}
+    assert bundle.init_weights(new, saved) == []
+
+
+@pytest.mark.parametrize("options", [{"img_size": 0}, {"depths": [1, 1, 2]}, {"colour": 1}])
+def test_options_of_a_network_that_do_not_fit_are_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="an option of spectformer_hxs does not fit"):
+        labelled(backbone_options=options)
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,12 @@ def test_half_types(dtype: torch.dtype) -> None:
 
 def test_operator_compiles_in_one_graph() -> None:
     layer = MSAConvAttention(8, 5, heads=2, shift=None, inter_pool=2, index=1).eval()
-    x = torch.randn(1, 8, 11, 9)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    for dynamic in (None, True):
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for size in ((11, 9), (16, 20)):
+            x = torch.randn(1, 8, *size)
+            assert torch.allclose(compiled(x), layer(x), atol=1e-5)
 
 
 def test_memory_order() -> None:
@@ -236,6 +239,8 @@ def test_explanations_and_heads() -> None:
         (lambda: tic("tic_xs", in_chans=1)(torch.zeros(1, 3, 64, 64)), "[B, 1, H, W]"),
         (lambda: MSAConvAttention(6, 3, heads=4), "6 channels cannot be split into 4 heads"),
         (lambda: TiC(depths=(1, 1)), "a stage"),
+        (lambda: tic("tic_xs", inter_pool=3), "inter_pool is 3"),
+        (lambda: tic("tic_xs", kernel=0), "must be 1 or more"),
     ],
 )
 def test_mistakes_are_one_line(act: Any, message: str) -> None:
