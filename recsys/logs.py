@@ -343,7 +343,7 @@ def _spread(
     elif pa.types.is_fixed_size_list(items.type):
         items = items.cast(pa.list_(items.type.value_type))
     if not _is_list(items.type):
-        if pa.types.is_string(items.type) and pc.any(pc.match_substring_regex(items, r"^\s*\[.*\]\s*$")).as_py():
+        if pa.types.is_string(items.type) and pc.any(pc.match_substring_regex(items, r"^\s*\[.*,.*\]\s*$")).as_py():
             raise UserError(f"{where} holds lists of items: say what stands between them by --data.list_separator")
         return piece, False
     parents = pc.list_parent_indices(items)
