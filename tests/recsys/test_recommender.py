@@ -144,9 +144,10 @@ def test_an_increment_goes_on_without_the_model_it_grew_from(run: Path, tmp_path
 
 def test_a_training_goes_on_with_its_own_log_only(run: Path, log: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    other = pq.read_table(log).to_pandas()
-    other["item"] = other["item"].replace("item-001", "a new name")
-    other.to_parquet(tmp_path / "log.parquet")
+    other = pq.read_table(log)
+    items = ["a new name" if item == "item-001" else item for item in other["item"].to_pylist()]
+    place = other.column_names.index("item")
+    pq.write_table(other.set_column(place, "item", pa.array(items)), tmp_path / "log.parquet")
     before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
     words = ("fit", "--output", tmp_path / "run", "--resume", "--trainer.max_epochs=3")
     done = polyhead(*words, "--data.root", tmp_path / "log.parquet")
@@ -168,8 +169,11 @@ def test_an_explanation_tells_attention_and_neighbours(run: Path, log: Path, tmp
     assert (counts[:, 0] >= counts[:, 1]).all() and counts[:, 0].min() > 0
     # What came just before, in all histories but their last two events
     before: Counter[tuple[str, str]] = Counter()
-    for _, own in pq.read_table(log).to_pandas().sort_values(["user", "time"]).groupby("user"):
-        train = own["item"].tolist()[: -2 if len(own) > 2 else None]
+    histories: dict[str, list[str]] = {}
+    for row in sorted(pq.read_table(log).to_pylist(), key=lambda row: row["time"]):
+        histories.setdefault(row["user"], []).append(row["item"])
+    for items in histories.values():
+        train = items[: -2 if len(items) > 2 else None]
         before.update(zip(train, train[1:], strict=False))
     for item, neighbours, own in zip(arrays["items"], arrays["neighbours"], counts, strict=True):
         assert [before[n, item] for n in neighbours if n] == own[own > 0].tolist()
