@@ -46,6 +46,8 @@ class RadiographClassifier(Freezing, Classifier):
         label_smoothing: share of the target spread over all classes.
         class_weights: `balanced` weighs the loss by inverse class frequency in the training part.
         flip_tta: average over the image and its mirror in evaluation and prediction.
+        tta_zooms: average over the centre enlarged by each of these factors there, 1 being the whole image; logits
+            and maps are the first one's.
         calibrate: after training, fit a scale and an offset a class on the validation part: `plain` for its class
             shares, `balanced` as if all classes were equally common (see `polyhead.calibration`).
         scale, offsets: of the calibration; found by `calibrate`.
@@ -71,7 +73,7 @@ class RadiographClassifier(Freezing, Classifier):
         class_weights: Literal["none", "balanced"] = "none", flip_tta: bool = False,
         calibrate: Literal["none", "plain", "balanced"] = "none", scale: float = 1.0,
         offsets: list[float] | None = None, positive: str | None = None, sensitivity: float | None = None,
-        threshold: float | None = None, **system: Any,
+        threshold: float | None = None, tta_zooms: list[float] | None = None, **system: Any,
     ) -> None:  # fmt: skip
         super().__init__(facts, **system)
         if variant is not None:
@@ -80,6 +82,8 @@ class RadiographClassifier(Freezing, Classifier):
             image_size, global_size = chosen["image_size"], chosen["global_size"]
         if not 0 <= label_smoothing <= 1:
             raise UserError(f"model.label_smoothing is {label_smoothing:g}: it must be between 0 and 1")
+        if tta_zooms is not None and not (tta_zooms and all(1 <= zoom <= 2 for zoom in tta_zooms)):
+            raise UserError(f"model.tta_zooms is {tta_zooms}: one factor or more from 1 to 2 is needed")
         if sensitivity is not None and not 0 < sensitivity <= 1:
             raise UserError(f"model.sensitivity is {sensitivity:g}: it must be above 0 and at most 1")
         if positive is not None and positive not in self.classes:
@@ -97,6 +101,7 @@ class RadiographClassifier(Freezing, Classifier):
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
         self.image_size, self.global_size, self.freeze_norms = image_size, global_size, freeze_norms
         self.label_smoothing, self.class_weights, self.flip_tta = label_smoothing, class_weights, flip_tta
+        self.tta_zooms = tta_zooms or [1.0]
         if offsets is not None and len(offsets) != len(self.classes):
             raise UserError(f"model.offsets has {len(offsets)} numbers for {len(self.classes)} classes")
         self.calibrate, self.scale, self.offsets = calibrate, scale, offsets or [0.0] * len(self.classes)
@@ -112,25 +117,33 @@ class RadiographClassifier(Freezing, Classifier):
 
     # The graph
 
-    def views(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 `[B, 3, S, S]` to the classifier view `[B, 3, H, H]` and the global view `[B, 1, G, G]`."""
+    def views(self, image: Tensor, zoom: float = 1.0) -> tuple[Tensor, Tensor]:
+        """uint8 `[B, 3, S, S]` to the classifier view `[B, 3, H, H]` and the global view `[B, 1, G, G]`.
+
+        With a zoom both show the centre, S / zoom wide.
+        """
         whole = image.to(self.mean.dtype) / 255
+        if zoom != 1:
+            side = max(self.image_size, self.global_size)
+            margin = round((side - side / zoom) / 2)
+            whole = resize(whole[..., margin : side - margin, margin : side - margin], (side, side))
         x = (resize(whole, (self.image_size, self.image_size)) - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last), global_view(whole, self.global_size)
 
-    def _run(self, image: Tensor) -> Output:
+    def _run(self, image: Tensor, zoom: float = 1.0) -> Output:
         side = max(self.image_size, self.global_size)
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and image.shape[-1] != side:
             raise UserError(f"the images are {image.shape[-1]} pixels wide, the model takes {side}: "
                             f"set --data.image_size {side} or the model's sizes")  # fmt: skip
-        return self.network(*self.views(image))
+        return self.network(*self.views(image, zoom))
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         image = inputs["image"]
-        output = self._run(image)
-        probabilities = output.logits.softmax(-1)
+        output = self._run(image, self.tta_zooms[0])
+        logits = [output.logits, *(self._run(image, zoom).logits for zoom in self.tta_zooms[1:])]
         if self.flip_tta:
-            probabilities = (probabilities + self._run(image.flip(-1)).logits.softmax(-1)) / 2
+            logits += [self._run(image.flip(-1), zoom).logits for zoom in self.tta_zooms]
+        probabilities = torch.stack([view.softmax(-1) for view in logits]).mean(0)
         probabilities = calibrated(probabilities, self.scale, self.offsets)
         result = {"logits": output.logits, "probabilities": probabilities}
         if output.global_map is not None:

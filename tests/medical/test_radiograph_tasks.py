@@ -100,7 +100,27 @@ def test_both_views_come_from_one_image() -> None:
     assert torch.allclose(flipped[0], x.flip(-1), atol=1e-5) and torch.allclose(flipped[1], g.flip(-1), atol=1e-4)
 
 
+def test_enlarged_views_show_the_centre_and_are_averaged_with_their_mirrors() -> None:
+    image = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    rim = image.clone()
+    rim[..., :6], rim[..., 58:], rim[..., :6, :], rim[..., 58:, :] = 0, 0, 0, 0
+    plain = classifier().eval()
+    x, g = plain.views(image, 1.25)
+    assert torch.equal(x, plain.views(rim, 1.25)[0]) and torch.equal(g, plain.views(rim, 1.25)[1])
+    enlarged = torch.nn.functional.interpolate(image[..., 6:58, 6:58].float(), (64, 64), mode="bilinear")
+    assert torch.allclose(x, (enlarged / 255 - plain.mean) / plain.std, atol=1e-5)
+    several = classifier(flip_tta=True, tta_zooms=[1.0, 1.25]).eval()
+    with torch.no_grad():
+        views = [plain._run(i, z).logits.softmax(-1) for i in (image, image.flip(-1)) for z in (1.0, 1.25)]
+        both = several.outputs(image=image)
+        assert torch.allclose(both["probabilities"], torch.stack(views).mean(0), atol=1e-6)
+        assert torch.allclose(both["probabilities"], several.outputs(image=image.flip(-1))["probabilities"], atol=1e-6)
+        assert torch.equal(both["logits"], plain.outputs(image=image)["logits"])
+
+
 def test_options_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="model.tta_zooms is .0.5."):
+        classifier(tta_zooms=[0.5])
     with pytest.raises(UserError, match="model.positive is 'dsic'"):
         classifier(positive="dsic")
     with pytest.raises(UserError, match="name it by model.positive"):
