@@ -18,7 +18,7 @@ def roc_picture(label: np.ndarray, probabilities: np.ndarray, classes: list[str]
         axis.plot(false, true, label=f"{classes[k]} ({roc_auc_score(label == k, probabilities[:, k]):.3f})")
     axis.plot([0, 1], [0, 1], "k:", linewidth=1)
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
-    axis.legend(title="area", fontsize="small", loc="lower right")
+    _legend(axis, "area", "lower right")
     return figure
 
 
@@ -33,7 +33,7 @@ def precision_picture(label: np.ndarray, probabilities: np.ndarray, classes: lis
         area = average_precision_score(label == k, probabilities[:, k])
         axis.plot(recall, precision, label=f"{classes[k]} ({area:.3f})", drawstyle="steps-post")
     axis.set(xlabel="sensitivity", ylabel="positive predictive value", xlim=(0, 1), ylim=(0, 1.01))
-    axis.legend(title="average precision", fontsize="small", loc="lower left")
+    _legend(axis, "average precision", "lower left")
     return figure
 
 
@@ -57,3 +57,9 @@ def calibration_picture(label: np.ndarray, probabilities: np.ndarray, bins: int 
 def _shown(label: np.ndarray, classes: list[str]) -> list[int]:
     wanted = [1] if len(classes) == 2 else list(range(len(classes)))
     return [k for k in wanted if 0 < (label == k).sum() < len(label)]
+
+
+def _legend(axis: Any, title: str, place: str) -> None:
+    """A legend, where something was drawn: a part may lack whole classes."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(title=title, fontsize="small", loc=place)
