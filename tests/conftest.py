@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -15,6 +16,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder with fixtures and data is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """A test that draws numbers draws the same ones in whatever order the tests run."""
+    torch.manual_seed(0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -102,7 +102,7 @@ def test_padding_is_masked_only_on_request() -> None:
         nn.init.ones_(layer.kv.bias)
     x = torch.randn(1, 8, 6, 9)
     assert torch.allclose(masked(x), torch.ones(()), atol=1e-6)
-    assert plain(x).max() < 0.99
+    assert plain(x).mean() < 0.9
 
 
 def test_blocks_do_not_see_beyond_their_halo() -> None:
