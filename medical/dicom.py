@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ def grey_values(dataset: Any) -> np.ndarray:
     else:
         seen = values if padding is None else values[~padding]
         low, high = (float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0)
+    if not (np.isfinite(values).all() and np.isfinite([low, high]).all()):
+        raise BadSample("the DICOM file's window or rescale gives values that are not finite")
     grey = np.clip((values - low) / (high - low if high > low else 1.0), 0, 1)
     if kind == "MONOCHROME1":
         grey = 1 - grey
@@ -72,7 +75,8 @@ def _look_up(values: np.ndarray, item: Any, signed: bool) -> tuple[np.ndarray, f
         first -= 2**16
     data = item.LUTData
     if isinstance(data, bytes):
-        data = np.frombuffer(data, np.uint8 if len(data) == count else np.uint16)
+        # 8-bit entries of an odd number have a byte of padding
+        data = np.frombuffer(data, np.uint8 if len(data) in (count, count + 1) else np.uint16)
     table = np.asarray(data, dtype=np.float64)[:count]
     return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)], float(2**bits - 1)
 
@@ -98,6 +102,12 @@ def _window_range(dataset: Any) -> tuple[float, float]:
     return float(ends.min()), float(ends.max())
 
 
+def _text(value: Any) -> str:
+    """An identifier as it stands in the file, in which a backslash separates values."""
+    parts = value if isinstance(value, Sequence) and not isinstance(value, str) else [value or ""]
+    return "\\".join(str(part) for part in parts).strip()
+
+
 class DicomReader(ImageReader):
     """MONAI reader of single radiographs; remembers the identifiers of the last one it read.
 
@@ -117,7 +127,13 @@ class DicomReader(ImageReader):
         import pydicom
 
         (path,) = data if isinstance(data, Sequence) and not isinstance(data, str) else (data,)
-        dataset = pydicom.dcmread(path, force=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(path, force=True)
+        if "TransferSyntaxUID" not in getattr(
+            dataset, "file_meta", {"TransferSyntaxUID"}
+        ):  # old archives leave the preamble out
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         height, width = int(dataset.get("Rows", 0) or 0), int(dataset.get("Columns", 0) or 0)
         if height * width > self.max_pixels:
             raise BadSample(f"too many pixels: {width} x {height} is more than {self.max_pixels:,}")
@@ -125,9 +141,13 @@ class DicomReader(ImageReader):
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
         names = ("PatientID", "StudyInstanceUID", "SOPInstanceUID")
-        self.identifiers = Identifiers(*(str(img.get(n, "") or "").strip() for n in names))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.identifiers = Identifiers(*(_text(img.get(n, "")) for n in names))
         try:
-            grey = grey_values(img)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                grey = grey_values(img)
         except BadSample:
             raise
         except Exception as error:  # decoders of compressed pixels raise almost anything

@@ -244,6 +244,9 @@ class MEDUSA(nn.Module):
         backbone_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        for option, width in {"base": base, "global_channels": global_channels, "head_width": head_width}.items():
+            if width < 1:
+                raise UserError(f"MEDUSA: {option} is {width}: at least 1 is needed")
         options = dict(backbone_options or {})
         self.backbone, self.steps, channels, self.nhwc = stage_backbone(backbone, image_size, pretrained, options)
         everything = tuple(range(1, len(channels) + 1))

@@ -42,7 +42,8 @@ class RadiographClassifier(Freezing, Classifier):
         mean, std: normalisation of the classifier view in 0..1; the backbone's own by default.
         freeze: parameter-name prefixes inside the network that are not trained (`body`, `backbone.blocks.0`).
         unfreeze_at: the epoch from which all is trained.
-        freeze_norms: the backbone's batch norms keep their statistics (small batches spoil them).
+        freeze_norms: the backbone's batch norms keep their statistics (small batches spoil them); None means those of
+            a `pretrained` backbone.
         label_smoothing: share of the target spread over all classes.
         class_weights: `balanced` weighs the loss by inverse class frequency in the training part.
         flip_tta: average over the image and its mirror in evaluation and prediction.
@@ -69,7 +70,7 @@ class RadiographClassifier(Freezing, Classifier):
         channel_attention: bool = False, gate: Gate = "mul", dropout: float = 0.0, pretrained: bool = False,
         backbone_options: dict[str, Any] | None = None, mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None, freeze: list[str] | None = None,
-        unfreeze_at: int | None = None, freeze_norms: bool = True, label_smoothing: float = 0.0,
+        unfreeze_at: int | None = None, freeze_norms: bool | None = None, label_smoothing: float = 0.0,
         class_weights: Literal["none", "balanced"] = "none", flip_tta: bool = False,
         calibrate: Literal["none", "plain", "balanced"] = "none", scale: float = 1.0,
         offsets: list[float] | None = None, positive: str | None = None, sensitivity: float | None = None,
@@ -82,6 +83,12 @@ class RadiographClassifier(Freezing, Classifier):
             image_size, global_size = chosen["image_size"], chosen["global_size"]
         if not 0 <= label_smoothing <= 1:
             raise UserError(f"model.label_smoothing is {label_smoothing:g}: it must be between 0 and 1")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UserError(f"model.threshold is {threshold:g}: it must be between 0 and 1")
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout is {dropout:g}: it must be at least 0 and below 1")
+        if std is not None and min(std) <= 0:
+            raise UserError(f"model.std is {list(std)}: deviations above 0 are needed")
         if tta_zooms is not None and not (tta_zooms and all(1 <= zoom <= 2 for zoom in tta_zooms)):
             raise UserError(f"model.tta_zooms is {tta_zooms}: one factor or more from 1 to 2 is needed")
         if sensitivity is not None and not 0 < sensitivity <= 1:
@@ -99,7 +106,8 @@ class RadiographClassifier(Freezing, Classifier):
         own_mean, own_std = normalisation(backbone)
         self.register_buffer("mean", torch.tensor(mean or own_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or own_std).view(1, 3, 1, 1), persistent=False)
-        self.image_size, self.global_size, self.freeze_norms = image_size, global_size, freeze_norms
+        self.image_size, self.global_size = image_size, global_size
+        self.freeze_norms = pretrained if freeze_norms is None else freeze_norms
         self.label_smoothing, self.class_weights, self.flip_tta = label_smoothing, class_weights, flip_tta
         self.tta_zooms = tta_zooms or [1.0]
         if offsets is not None and len(offsets) != len(self.classes):
@@ -157,8 +165,7 @@ class RadiographClassifier(Freezing, Classifier):
 
     def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:
         probabilities = outputs["probabilities"].float().cpu().numpy()
-        columns = make_columns(self._columns(), {"probabilities": probabilities})
-        return {**columns, **{k: batch[k] for k in ("patient", "study", "instance") if k in batch}}
+        return make_columns(self._columns(), {"probabilities": probabilities})
 
     def _columns(self) -> dict[str, Any]:
         rule: dict[str, Any] = {"kind": "classification", "classes": self.classes}
@@ -216,13 +223,16 @@ class RadiographClassifier(Freezing, Classifier):
         settled: dict[str, Any] = {}
         if self.calibrate != "none":
             self.scale, self.offsets = fit_calibration(probabilities, label, self.calibrate == "balanced")
-            probabilities = calibrated(torch.from_numpy(probabilities), self.scale, self.offsets).numpy()
+            probabilities = calibrated(torch.from_numpy(probabilities).float(), self.scale, self.offsets).numpy()
             settled |= {"scale": self.scale, "offsets": self.offsets}
         if self.sensitivity is not None and self.positive is not None:
             own = self.classes.index(self.positive)
             scores = np.sort(probabilities[label == own, own])[::-1]
             if len(scores):
-                self.threshold = float(scores[int(np.ceil(self.sensitivity * len(scores))) - 1])
+                last = float(scores[int(np.ceil(self.sensitivity * len(scores))) - 1])
+                # Between that score and the next one below: rounding elsewhere must not lose the last positive
+                below = float(probabilities[probabilities[:, own] < last, own].max(initial=0.0))
+                self.threshold = max(0.0, min((last + below) / 2, last - 1e-5))
                 settled["threshold"] = self.threshold
         self.recipe["init_args"] = {**self.recipe["init_args"], **settled}
         return True
@@ -252,16 +262,18 @@ class RadiographClassifier(Freezing, Classifier):
         from medical.radiograph_pictures import maps_picture
 
         x, g = self.views(batch["image"])
+        with torch.no_grad():
+            probabilities = self.outputs(image=batch["image"])["probabilities"]
         with torch.enable_grad():
             features, q, gates = self.network.forward_features(x, g)
             features = features.detach().requires_grad_(True)
             logits = self.network.forward_head(features)
-            (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), features)
+            # Of the class that the title names, which the views and the calibration may have changed
+            named = logits.gather(1, probabilities.argmax(1, keepdim=True))
+            (gradient,) = torch.autograd.grad(named.sum(), features)
         cam = (features * gradient.mean((-2, -1), keepdim=True)).sum(1).relu().detach()
-        with torch.no_grad():
-            probabilities = self.outputs(image=batch["image"])["probabilities"].cpu()
         described = []
-        for i, p in enumerate(probabilities):
+        for i, p in enumerate(probabilities.cpu()):
             maps = {} if q is None else {"global map": q[i].detach().sigmoid().mean(0)}
             maps |= {f"gate {s}": a[i].detach().mean(0) for s, a in zip(self.network.stages, gates, strict=True)}
             maps["Grad-CAM"] = cam[i]

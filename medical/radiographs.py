@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tempfile
@@ -129,8 +130,6 @@ def read_radiograph(location: Location, at: float = 0.5, max_pixels: int = MAX_P
 
 
 def _picture(data: bytes, max_pixels: int) -> Image.Image:
-    import io
-
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "TIFF", "JPEG2000")) as image:
             if image.mode.startswith("I") and image.width * image.height <= max_pixels:
@@ -187,7 +186,7 @@ class RadiographFiles:
 
 
 class Identified:
-    """Samples of prediction: `image`, and `patient`, `study` and `instance` (empty where a file names none)."""
+    """Samples of prediction: `image`, and `about` it `patient`, `study`, `instance` (empty where unnamed)."""
 
     def __init__(self, ids: Sequence[str], files: RadiographFiles, square: Square) -> None:
         self.ids, self.files, self.square = list(ids), files, square
@@ -198,7 +197,7 @@ class Identified:
     def load(self, index: int, epoch: int) -> dict[str, Any]:
         reading = self.files.identify(index)
         image = to_tensor(self.square(reading.image))
-        return {"id": self.ids[index], "image": image, **reading.identifiers._asdict()}
+        return {"id": self.ids[index], "image": image, "about": reading.identifiers._asdict()}
 
 
 # Augmenting
@@ -386,10 +385,8 @@ class RadiographData(PictureData):
         return drawn_radiographs()
 
     def find(self, everything: bool) -> list[Entry]:
-        listed = covidx_lists(Path(str(self.root)).expanduser(), self.name)
-        if listed is not None and not everything:
-            return listed
-        return super().find(everything)
+        listed = None if everything else covidx_lists(Path(str(self.root)).expanduser(), self.name)
+        return super().find(everything) if listed is None else listed
 
     def parts(self) -> dict[str, np.ndarray]:
         free = self.classes is None

@@ -22,9 +22,10 @@ FEW = 12
 class Classifier(System):
     """A System whose `facts` hold `classes`, the class names in order.
 
-    Results name each class's recall and its AUROC against the rest. After a test, every result has a 95 %
-    bootstrap interval (`accuracy.low`, `accuracy.high`, ...), drawn by the batch's `group` (a patient, a
-    subject) where the data name one, else by sample.
+    Results name each class's sensitivity (recall), positive predictive value (precision) and AUROC against the rest.
+    After a test, every result but these areas and the calibration error has a 95 % bootstrap interval
+    (`accuracy.low`, `accuracy.high`, ...), drawn by the batch's `group` (a patient, a subject) where the data
+    name one, else by sample.
 
     Args:
         facts: see `System`.
@@ -73,9 +74,10 @@ class Classifier(System):
         named = super().named_results(stage)
         results = self.results.get(stage, {})
         if "recall" in results and "confusion" in results:
-            there = results["confusion"].sum(1) > 0
-            found = zip(self.classes, results["recall"], there, strict=True)
-            named |= {f"recall.{c}": float(r) for c, r, seen in found if seen}
+            matrix = results["confusion"].double()
+            true, said, hit = matrix.sum(1), matrix.sum(0), matrix.diagonal()
+            named |= {f"sensitivity.{c}": float(h / t) for c, h, t in zip(self.classes, hit, true, strict=True) if t}
+            named |= {f"ppv.{c}": float(h / s) for c, h, s in zip(self.classes, hit, said, strict=True) if s}
         rows = self.rows(stage)
         if rows is None:
             return named

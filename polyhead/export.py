@@ -228,7 +228,12 @@ class ExportedModel(System):
         return list(self.exported.meta["inputs"])
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
-        got = self.exported.run(_numpy(inputs))
+        try:
+            got = self.exported.run(_numpy(inputs))
+        except Exception as error:
+            taken = {k: self.exported.meta["shapes"][k] for k in inputs}
+            sizes = {k: list(v.shape) for k, v in inputs.items()}
+            raise UserError(f"{self.exported.path} takes {taken} and got {sizes}: {reason(error)[:120]}") from error
         return {name: torch.from_numpy(value) for name, value in got.items()}
 
     def columns(self, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -149,6 +149,9 @@ class PolyheadTrainer(Trainer):
         validated = len(datamodule.samples("val")) > 0
         if validated:
             super().validate(model, datamodule=datamodule, verbose=False)
+            if torch.isnan(self.callback_metrics.get("val/loss", torch.zeros(()))):
+                text = "the training diverged: val/loss of the weights it would keep is not a number"
+                raise UserError(text, ["lower --model.optimizer.init_args.lr, or set --trainer.gradient_clip_val 1"])
         if validated and model.settle():
             super().validate(model, datamodule=datamodule, verbose=False)
             if best is not None and self.is_global_zero:
@@ -230,7 +233,10 @@ class PolyheadTrainer(Trainer):
         result = run(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero and not self.fast_dev_run:  # type: ignore[attr-defined]
             self._store(model, stage)
-            say(f"report: {write_report(self.folder, model, stage, self.command, self.config_text)}")
+            # In the folder of a training its settings are what made the model
+            made = self.folder / "config.yaml"
+            text = made.read_text(encoding="utf-8") if made.is_file() else self.config_text
+            say(f"report: {write_report(self.folder, model, stage, self.command, text)}")
         return result
 
     def validate(  # type: ignore[override]

@@ -67,7 +67,7 @@ def test_the_run_folder_holds_what_the_contract_says(digits_run: Path) -> None:
     assert all(float(r["train/loss"]) > 0 and float(r["val/accuracy"]) >= 0 and float(r["lr"]) > 0 for r in rows)
     metrics = json.loads((digits_run / "metrics.json").read_text())
     assert {"val/loss", "val/accuracy", "val/balanced_accuracy", "val/f1_macro", "val/auroc", "val/ece"} <= set(metrics)
-    assert {f"val/recall.{c}" for c in range(10)} <= set(metrics)
+    assert {f"val/sensitivity.{c}" for c in range(10)} <= set(metrics)
     assert all(k.startswith("val/") for k in metrics)
 
 
@@ -403,3 +403,31 @@ def test_explanations_change_with_the_weights(pets_run: Path, pets: Path, tmp_pa
     for stem, one in maps["one"].items():
         assert np.array_equal(one, maps["same"][stem])
         assert np.abs(one - maps["other"][stem]).max() > 1e-3
+
+
+def test_a_diverged_training_is_said_and_leaves_no_bundle(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = (
+        "--model.optimizer.init_args.lr",
+        "1e30",
+        "--trainer.gradient_clip_val",
+        "0",
+        "--model.ema_decay",
+        "null",
+    )
+    short = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--model.scheduler", "null")
+    done = polyhead("fit", "--config", "vision/shvit", "--output", folder, *options, *short)
+    assert done.status == 2 and "the training diverged" in done.err and "Traceback" not in done.err, done.err
+    assert not (folder / "bundle").exists() and not (folder / "metrics.json").exists()
+
+
+def test_overwriting_a_training_forgets_what_the_old_one_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ok(polyhead("fit", *TOY, "--output", folder, *SHORT))
+    ok(polyhead("test", "--output", folder, "--ckpt_path", "best"))
+    assert "test/loss" in json.loads((folder / "metrics.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert "max_epochs: 1" in page, "the report of a test shows the settings of the training"
+    ok(polyhead("fit", *TOY, "--output", folder, *SHORT, "--overwrite"))
+    assert all(k.startswith("val/") for k in json.loads((folder / "metrics.json").read_text()))
+    assert not (folder / "config_test.yaml").exists()

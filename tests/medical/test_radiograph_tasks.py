@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from medical.radiograph_tasks import RadiographClassifier
+from polyhead.calibration import calibrated
 from polyhead.errors import UserError
 from tests.command import polyhead
 from tests.medical.test_radiographs import dicom
@@ -52,11 +53,9 @@ def test_the_test_reports_alerts_with_intervals(run: Path) -> None:
     done = polyhead("test", "--ckpt_path", "best", "--output", run)
     assert done.status == 0, done.err
     found = json.loads((run / "metrics.json").read_text())
-    for name in ("alert.sensitivity", "alert.specificity", "sensitivity.disc", "auroc", "balanced_accuracy"):
-        low, high = found[f"test/{name}.low"], found[f"test/{name}.high"]
-        assert 0 <= low <= high <= 1
-        if f"test/{name}" in found:
-            assert low <= found[f"test/{name}"] <= high
+    names = ("alert.sensitivity", "alert.specificity", "sensitivity.disc", "ppv.disc", "auroc", "balanced_accuracy")
+    for name in names:
+        assert 0 <= found[f"test/{name}.low"] <= found[f"test/{name}"] <= found[f"test/{name}.high"] <= 1
 
 
 def test_rows_have_alerts_and_identifiers_and_export_gives_the_same(run: Path, tmp_path: Path) -> None:
@@ -78,12 +77,58 @@ def test_rows_have_alerts_and_identifiers_and_export_gives_the_same(run: Path, t
     assert done.status == 0 and "patient" not in pq.read_table(tmp_path / "b/predictions").column_names
     done = polyhead("explain", "--ckpt_path", run / "bundle", *root, "--output", tmp_path / "c", "--limit", "1")
     assert done.status == 0, done.err
+    done = polyhead("export", "--ckpt_path", run / "bundle", "--format", "onnx", "--output", tmp_path / "d")
+    assert done.status == 0, done.err
+    done = polyhead("predict", "--ckpt_path", tmp_path / "d/model.onnx", *root, "--output", tmp_path / "e")
+    assert done.status == 0, done.err
+    same = {r["id"]: r for r in pq.read_table(tmp_path / "e/predictions").to_pylist()}
+    for row in rows:
+        assert all(same[row["id"]][k] == row[k] for k in ("label", "alert", "patient", "study", "instance"))
+        assert same[row["id"]]["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+    wide = ("--data.image_size", "96", "--output", tmp_path / "f")
+    done = polyhead("predict", "--ckpt_path", tmp_path / "d/model.onnx", *root, *wide)
+    assert done.status == 2 and "takes" in done.err and "Traceback" not in done.err
     arrays = np.load(next((tmp_path / "c/explain").glob("*.npz")))
     assert {"image", "global_map", "gate_2", "gate_3", "gate_4", "grad_cam", "probabilities"} == set(arrays.files)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_threshold_finds_the_wanted_share_whatever_the_rounding(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    label = np.arange(40) % 2
+    raw = torch.from_numpy(rng.dirichlet([1.0, 1.0], 40).astype(np.float32))
+    system = classifier(positive="disc", sensitivity=0.9, calibrate="balanced")
+    table = torch.cat([raw, torch.from_numpy(np.stack([label, np.arange(40)], 1)).float()], 1)
+    system.results["val"] = {"rows": table}
+    system.recipe = {"init_args": {}}
+    assert system.settle()
+    seen = calibrated(raw, system.scale, system.offsets).numpy()[label == 1, 1]
+    shaken = seen * (1 + 1e-6 * rng.choice([-1.0, 1.0], len(seen)))
+    assert (seen >= np.float32(system.threshold)).mean() >= 0.9 and (shaken >= system.threshold).mean() >= 0.9
+
+
+def test_norms_without_pretrained_weights_learn_their_statistics() -> None:
+    for options, still in (({}, False), ({"freeze_norms": True}, True)):
+        system = classifier(**options).train()
+        before = system.network.backbone.bn1.running_mean.clone()  # type: ignore[operator, union-attr]
+        system.losses(
+            {"image": torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8), "label": torch.tensor([0, 1] * 2)}
+        )
+        assert torch.equal(before, system.network.backbone.bn1.running_mean) == still  # type: ignore[arg-type, union-attr]
+
+
+def test_the_map_explains_the_class_that_the_title_names() -> None:
+    image = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    maps = {}
+    for offsets in ([9.0, -9.0], [-9.0, 9.0]):
+        system = classifier(offsets=offsets).eval()
+        arrays = system.explain({"image": image})[0][1]
+        maps[int(arrays["probabilities"].argmax())] = arrays["grad_cam"]
+    assert set(maps) == {0, 1} and not np.allclose(maps[0], maps[1])
+
+
 def test_frozen_parts_stay_until_their_epoch() -> None:
-    system = classifier(freeze=["body"], unfreeze_at=1)
+    system = classifier(freeze=["body"], unfreeze_at=1, freeze_norms=True)
     body = system.network.body
     assert body is not None and not any(p.requires_grad for p in body.parameters())
     assert all(p.requires_grad for p in system.network.heads.parameters())
@@ -121,6 +166,12 @@ def test_enlarged_views_show_the_centre_and_are_averaged_with_their_mirrors() ->
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="model.tta_zooms is .0.5."):
         classifier(tta_zooms=[0.5])
+    for option, value in {"threshold": 7.0, "dropout": 2.0, "std": (0.0, 1.0, 1.0)}.items():
+        with pytest.raises(UserError, match=f"model.{option} is"):
+            classifier(**{option: value, **({"positive": "disc"} if option == "threshold" else {})})
+    for option in ("base", "global_channels", "head_width"):
+        with pytest.raises(UserError, match=f"{option} is 0: at least 1"):
+            classifier(**{option: 0})
     with pytest.raises(UserError, match="model.positive is 'dsic'"):
         classifier(positive="dsic")
     with pytest.raises(UserError, match="name it by model.positive"):

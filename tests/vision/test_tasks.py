@@ -175,7 +175,10 @@ def test_results_name_the_classes() -> None:
     named = system.named_results("val")
     assert named["accuracy"] == pytest.approx(float((predicted == data["label"]).float().mean()))
     recalls = [float((predicted[data["label"] == k] == k).float().mean()) for k in range(3)]
-    assert [named[f"recall.{c}"] for c in CLASSES] == pytest.approx(recalls)
+    assert [named[f"sensitivity.{c}"] for c in CLASSES] == pytest.approx(recalls)
+    said = [(k, data["label"][predicted == k]) for k in range(3) if (predicted == k).any()]
+    precision = {f"ppv.{CLASSES[k]}": float((true == k).float().mean()) for k, true in said}
+    assert {k: v for k, v in named.items() if k.startswith("ppv.")} == pytest.approx(precision)
     assert named["balanced_accuracy"] == pytest.approx(sum(recalls) / 3)
     assert {"f1_macro", "auroc", "ece"} <= named.keys() and "confusion" not in named
     drawn = ["Confusion matrix", "ROC", "Precision and recall", "Calibration"]
