@@ -423,11 +423,11 @@ def test_a_diverged_training_is_said_and_leaves_no_bundle(tmp_path: Path) -> Non
 
 def test_overwriting_a_training_forgets_what_the_old_one_measured(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ok(polyhead("fit", *TOY, "--output", folder, *SHORT))
+    ok(polyhead("fit", "--config", TOY, "--output", folder, *SHORT))
     ok(polyhead("test", "--output", folder, "--ckpt_path", "best"))
     assert "test/loss" in json.loads((folder / "metrics.json").read_text())
     page = (folder / "report.html").read_text()
     assert "max_epochs: 1" in page, "the report of a test shows the settings of the training"
-    ok(polyhead("fit", *TOY, "--output", folder, *SHORT, "--overwrite"))
+    ok(polyhead("fit", "--config", TOY, "--output", folder, *SHORT, "--overwrite"))
     assert all(k.startswith("val/") for k in json.loads((folder / "metrics.json").read_text()))
     assert not (folder / "config_test.yaml").exists()
