@@ -113,9 +113,17 @@ def _onnx(graph: Graph, signature: Signature, text: str) -> bytes:
 
 
 def _torchscript(graph: Graph, signature: Signature, text: str) -> bytes:
-    traced = torch.jit.trace(graph, tuple(signature.inputs.values()), check_trace=False)
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer, _extra_files={KEY: text})
+    # Who loads the file wants numbers, not gradients
+    trained = [p for p in graph.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        traced = torch.jit.trace(graph, tuple(signature.inputs.values()), check_trace=False)
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer, _extra_files={KEY: text})
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return buffer.getvalue()
 
 

@@ -65,6 +65,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def test_a_torchscript_file_asks_for_no_gradients_and_leaves_the_model_trainable(tmp_path: Path) -> None:
+    system = toy()
+    export(system, tmp_path / "model.pt", "torchscript")
+    module = torch.jit.load(str(tmp_path / "model.pt"))
+    outputs = module(*system.signature().inputs.values())
+    assert not any(value.requires_grad for value in outputs)
+    assert all(parameter.requires_grad for parameter in system.parameters())
+
+
 @pytest.mark.parametrize("format", SUFFIX)
 def test_a_file_is_the_model(files: dict[str, Path], format: Format) -> None:
     system = toy().eval()
