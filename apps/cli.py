@@ -46,6 +46,7 @@ RESULTS = {
     "explain": ["config_explain.yaml", "explain"],
     "export": [],
 }
+# What else a folder may hold that was measured of its training
 MEASURED = ("metrics.json", "report.html", "config_validate.yaml", "config_test.yaml")
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 # What each subcommand must find in the data before anything is written
@@ -433,7 +434,6 @@ class PolyheadCLI(LightningCLI):
     def _open(self) -> None:
         """With model and data in order: old results go, and the settings of this call are written."""
         if self.config[self.only].get("overwrite"):
-            # What was measured of an old training says nothing of the new one
             measured = [self.output / name for name in MEASURED] if self.only == "fit" else []
             for path in [*self._results(), *(path for path in measured if path.exists())]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,6 +103,14 @@ def _window_range(dataset: Any) -> tuple[float, float]:
     return float(ends.min()), float(ends.max())
 
 
+@contextmanager
+def _silently() -> Iterator[None]:
+    """pydicom warns of odd headers with lines of its source; what matters of them is refused with a reason."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _text(value: Any) -> str:
     """An identifier as it stands in the file, in which a backslash separates values."""
     parts = value if isinstance(value, Sequence) and not isinstance(value, str) else [value or ""]
@@ -127,12 +136,9 @@ class DicomReader(ImageReader):
         import pydicom
 
         (path,) = data if isinstance(data, Sequence) and not isinstance(data, str) else (data,)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silently():
             dataset = pydicom.dcmread(path, force=True)
-        if "TransferSyntaxUID" not in getattr(
-            dataset, "file_meta", {"TransferSyntaxUID"}
-        ):  # old archives leave the preamble out
+        if "TransferSyntaxUID" not in dataset.file_meta:  # old archives leave the preamble out
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         height, width = int(dataset.get("Rows", 0) or 0), int(dataset.get("Columns", 0) or 0)
         if height * width > self.max_pixels:
@@ -141,12 +147,9 @@ class DicomReader(ImageReader):
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
         names = ("PatientID", "StudyInstanceUID", "SOPInstanceUID")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.identifiers = Identifiers(*(_text(img.get(n, "")) for n in names))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _silently():
+                self.identifiers = Identifiers(*(_text(img.get(n, "")) for n in names))
                 grey = grey_values(img)
         except BadSample:
             raise

@@ -125,6 +125,11 @@ class RadiographClassifier(Freezing, Classifier):
 
     # The graph
 
+    @property
+    def side(self) -> int:
+        """Of the images that the model takes, in pixels."""
+        return max(self.image_size, self.global_size)
+
     def views(self, image: Tensor, zoom: float = 1.0) -> tuple[Tensor, Tensor]:
         """uint8 `[B, 3, S, S]` to the classifier view `[B, 3, H, H]` and the global view `[B, 1, G, G]`.
 
@@ -132,17 +137,16 @@ class RadiographClassifier(Freezing, Classifier):
         """
         whole = image.to(self.mean.dtype) / 255
         if zoom != 1:
-            side = max(self.image_size, self.global_size)
+            side = self.side
             margin = round((side - side / zoom) / 2)
             whole = resize(whole[..., margin : side - margin, margin : side - margin], (side, side))
         x = (resize(whole, (self.image_size, self.image_size)) - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last), global_view(whole, self.global_size)
 
     def _run(self, image: Tensor, zoom: float = 1.0) -> Output:
-        side = max(self.image_size, self.global_size)
-        if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and image.shape[-1] != side:
-            raise UserError(f"the images are {image.shape[-1]} pixels wide, the model takes {side}: "
-                            f"set --data.image_size {side} or the model's sizes")  # fmt: skip
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling() and image.shape[-1] != self.side:
+            raise UserError(f"the images are {image.shape[-1]} pixels wide, the model takes {self.side}: "
+                            f"set --data.image_size {self.side} or the model's sizes")  # fmt: skip
         return self.network(*self.views(image, zoom))
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -174,7 +178,7 @@ class RadiographClassifier(Freezing, Classifier):
         return rule
 
     def signature(self) -> Signature:
-        side = max(self.image_size, self.global_size)
+        side = self.side
         maps = ["global_map"] if self.network.body is not None else []
         maps += [f"gate_{stage}" for stage in self.network.stages]
         ramp = torch.linspace(0, 9, side)

@@ -73,7 +73,7 @@ class Classifier(System):
     def named_results(self, stage: str) -> dict[str, float]:
         named = super().named_results(stage)
         results = self.results.get(stage, {})
-        if "recall" in results and "confusion" in results:
+        if "confusion" in results:
             matrix = results["confusion"].double()
             true, said, hit = matrix.sum(1), matrix.sum(0), matrix.diagonal()
             named |= {f"sensitivity.{c}": float(h / t) for c, h, t in zip(self.classes, hit, true, strict=True) if t}

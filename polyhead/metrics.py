@@ -15,11 +15,10 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
-    MulticlassRecall,
 )
 from torchmetrics.utilities import dim_zero_cat
 
-RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "recall", "confusion")
+RESULTS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "confusion")
 
 
 class Rows(Metric):
@@ -75,8 +74,8 @@ def classification_metrics(classes: int) -> MetricCollection:
     """Metrics of a single-label classifier, updated with probabilities `[B, K]` and labels `[B]`.
 
     accuracy, balanced_accuracy (mean recall) and auroc (one against the rest, macro) over the classes that have
-    samples, f1_macro, ece (expected calibration error, 15 bins); and, kept for pictures, recall per class `[K]`
-    and confusion `[K, K]` (rows are the truth).
+    samples, f1_macro, ece (expected calibration error, 15 bins); and, kept for pictures and for the results of
+    each class, confusion `[K, K]` (rows are the truth).
     """
     return MetricCollection(
         {
@@ -85,7 +84,6 @@ def classification_metrics(classes: int) -> MetricCollection:
             "f1_macro": MulticlassF1Score(classes, average="macro"),
             "auroc": PresentAUROC(classes, average="none"),
             "ece": MulticlassCalibrationError(classes, n_bins=15),
-            "recall": MulticlassRecall(classes, average="none"),
             "confusion": MulticlassConfusionMatrix(classes),
         },
         compute_groups=False,
